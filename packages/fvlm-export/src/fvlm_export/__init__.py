@@ -1,0 +1,3 @@
+"""fvlm_export."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""fvlm_kernels."""
+
+__version__ = "0.1.0"

@@ -6,6 +6,7 @@ completes the file locally from whatever index is configured.
 
     python tools/lock_filter.py < uv.lock            # git's clean filter: prints the neutral form
     python tools/lock_filter.py --check FILE         # fails on any address in FILE
+    python tools/lock_filter.py --check-staged       # fails where git's index holds another uv.lock than the one here
     python tools/lock_filter.py --install            # registers the filter in this clone's git configuration
 
 Standard library only: git runs it before any environment exists.
@@ -62,6 +63,16 @@ def check(path: Path) -> int:
     return 0
 
 
+def check_staged(root: Path) -> int:
+    """Return 1 if the `uv.lock` in git's index is not the neutral form of the one in `root`, else 0."""
+    staged = subprocess.run(["git", "show", ":uv.lock"], cwd=root, capture_output=True, check=True).stdout.decode()
+    with (root / "uv.lock").open(encoding="utf-8") as here:
+        if "".join(neutral(here)) != staged:
+            print("uv.lock has changed: run `git add uv.lock` and commit it with the pyproject files", file=sys.stderr)
+            return 1
+    return 0
+
+
 def install() -> int:
     """Register the clean filter in this clone."""
     for key, value in {
@@ -74,11 +85,13 @@ def install() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the three uses in the module's docstring."""
+    """Run one of the uses in the module's docstring."""
     if arguments == ["--install"]:
         return install()
     if len(arguments) == 2 and arguments[0] == "--check":
         return check(Path(arguments[1]))
+    if arguments == ["--check-staged"]:
+        return check_staged(Path(__file__).resolve().parent.parent)
     if arguments:
         print(__doc__, file=sys.stderr)
         return 2

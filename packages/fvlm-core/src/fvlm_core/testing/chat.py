@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -14,74 +15,83 @@ class ChatStyle:
     """How a family writes a conversation.
 
     Attributes:
-        turn: what opens a turn, with ``{role}`` where the role's name goes.
-        end: what closes a turn; an assistant's turn is trained up to and with it.
+        turns: role → what opens and what closes its turn. An assistant's turn is trained up to and with what closes
+            it, and what opens it is the generation prompt.
         image: what stands for one image before the processor expands it.
         video: the same for a video, or None when the family has no videos.
-        gap: what stands between a turn's end and the next turn.
         begin: what opens the conversation, e.g. the beginning-of-text token.
-        assistant: how the family names the assistant.
+        gap: what stands between a turn's end and the next turn.
     """
 
-    turn: str
-    end: str
+    turns: Mapping[str, tuple[str, str]]
     image: str
     video: str | None = None
-    gap: str = ""
     begin: str = ""
-    assistant: str = "assistant"
+    gap: str = ""
+
+
+def chatml(image: str, video: str | None = None) -> ChatStyle:
+    """Return the style of Qwen and of those that follow it."""
+    turns = {role: (f"<|im_start|>{role}\n", "<|im_end|>") for role in ("system", "user", "assistant")}
+    return ChatStyle(turns, image=image, video=video, gap="\n")
 
 
 def _quoted(text: str) -> str:
+    """Write a string as a Jinja literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+_BLOCKS = """
+{%- macro blocks(content) -%}
+  {%- if content is string -%}
+    {{- content -}}
+  {%- else -%}
+    {%- for block in content -%}
+      {%- if block['type'] == 'image' -%}
+        {{- IMAGE -}}
+      {%- elif block['type'] == 'video' -%}
+        {{- VIDEO -}}
+      {%- elif block['type'] == 'text' -%}
+        {{- block['text'] -}}
+      {%- else -%}
+        {{- raise_exception('Unknown content type ' + block['type']) -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+"""
+
+_TURNS = """
+{%- set opens = OPENS -%}
+{%- set closes = CLOSES -%}
+{{- BEGIN -}}
+{%- for message in messages -%}
+  {%- if message['role'] not in opens -%}
+    {{- raise_exception('Unknown role ' + message['role']) -}}
+  {%- endif -%}
+  {{- opens[message['role']] -}}
+  {%- if message['role'] == 'assistant' -%}
+    {%- generation -%}
+      {{- blocks(message['content']) + closes['assistant'] -}}
+    {%- endgeneration -%}
+  {%- else -%}
+    {{- blocks(message['content']) + closes[message['role']] -}}
+  {%- endif -%}
+  {{- GAP -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- opens['assistant'] -}}
+{%- endif -%}
+"""
 
 
 def chat_template(style: ChatStyle) -> str:
     """Return the Jinja chat template of a style."""
-    before, after = style.turn.split("{role}")
-    video = (
-        _quoted(style.video)
-        if style.video is not None
-        else "raise_exception('This model takes no videos; send the frames as images.')"
-    )
-    head = f"{{{{- {_quoted(before)} + role + {_quoted(after)} -}}}}"
-    prompt = _quoted(before + style.assistant + after)
-    return f"""
-{{%- macro blocks(content) -%}}
-  {{%- if content is string -%}}
-    {{{{- content -}}}}
-  {{%- else -%}}
-    {{%- for block in content -%}}
-      {{%- if block['type'] == 'image' -%}}
-        {{{{- {_quoted(style.image)} -}}}}
-      {{%- elif block['type'] == 'video' -%}}
-        {{{{- {video} -}}}}
-      {{%- elif block['type'] == 'text' -%}}
-        {{{{- block['text'] -}}}}
-      {{%- else -%}}
-        {{{{- raise_exception('Unknown content type ' + block['type']) -}}}}
-      {{%- endif -%}}
-    {{%- endfor -%}}
-  {{%- endif -%}}
-{{%- endmacro -%}}
-{{{{- {_quoted(style.begin)} -}}}}
-{{%- for message in messages -%}}
-  {{%- if message['role'] == 'assistant' -%}}
-    {{%- set role = {_quoted(style.assistant)} -%}}
-    {head}
-    {{%- generation -%}}
-      {{{{- blocks(message['content']) -}}}}
-      {{{{- {_quoted(style.end)} -}}}}
-    {{%- endgeneration -%}}
-  {{%- else -%}}
-    {{%- set role = message['role'] -%}}
-    {head}
-    {{{{- blocks(message['content']) -}}}}
-    {{{{- {_quoted(style.end)} -}}}}
-  {{%- endif -%}}
-  {{{{- {_quoted(style.gap)} -}}}}
-{{%- endfor -%}}
-{{%- if add_generation_prompt -%}}
-  {{{{- {prompt} -}}}}
-{{%- endif -%}}
-"""
+    opens = ", ".join(f"{_quoted(role)}: {_quoted(opened)}" for role, (opened, _) in style.turns.items())
+    closes = ", ".join(f"{_quoted(role)}: {_quoted(closed)}" for role, (_, closed) in style.turns.items())
+    no_videos = "raise_exception('This model takes no videos: send the frames as images.')"
+    blocks = _BLOCKS.replace("IMAGE", _quoted(style.image))
+    blocks = blocks.replace("VIDEO", no_videos if style.video is None else _quoted(style.video))
+    turns = _TURNS.replace("OPENS", f"{{{opens}}}").replace("CLOSES", f"{{{closes}}}")
+    turns = turns.replace("BEGIN", _quoted(style.begin)).replace("GAP", _quoted(style.gap))
+    return (blocks + turns).strip()

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
-from fvlm_core.errors import ConfigError
-from fvlm_core.testing.families import BUILDERS
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What a family's builder returns: a tiny config and the family's real processor."""
-
-    config: PretrainedConfig
-    processor: ProcessorMixin
+from fvlm_core.errors import ConfigError, MissingExtraError
+from fvlm_core.testing.blueprint import Blueprint
+from fvlm_core.testing.families import BUILDERS, NEEDS
 
 
 def blueprint(family: str) -> Blueprint:
@@ -33,9 +20,12 @@ def blueprint(family: str) -> Blueprint:
 
     Raises:
         ConfigError: no tiny checkpoint exists for that family.
+        MissingExtraError: the family's processor class needs a package that is not installed.
     """
     if family not in BUILDERS:
         raise ConfigError(f"family={family!r} has no tiny checkpoint: use one of {', '.join(BUILDERS)}.")
+    if family in NEEDS and find_spec(NEEDS[family]) is None:
+        raise MissingExtraError(f"The {family} processor needs {NEEDS[family]}: pip install {NEEDS[family]}.")
     builder: Callable[[], Blueprint] = getattr(importlib.import_module(BUILDERS[family]), family)
     return builder()
 
@@ -79,14 +69,15 @@ def tiny_checkpoint(
         The folder.
 
     Raises:
-        ConfigError: ``family`` is not one of `FAMILIES`.
+        ConfigError: ``family`` has no tiny checkpoint.
+        MissingExtraError: the family's processor class needs a package that is not installed.
     """
     plan = blueprint(family)
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForImageTextToText.from_config(plan.config, dtype=torch.float32)
     _randomize(model, seed)
-    model.to(dtype)  # also stores it as the config's dtype
+    model.to(dtype)  # save_pretrained stores it as the config's dtype
     tokenizer = plan.processor.tokenizer
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

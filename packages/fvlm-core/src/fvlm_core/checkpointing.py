@@ -1,0 +1,203 @@
+"""Gradient checkpointing: keep only what goes into each layer, and compute the rest again in the backward pass.
+
+| mode | what a layer keeps for backward | where |
+|---|---|---|
+| ``False`` | everything it computed | device |
+| ``True`` | what went into it | device |
+| ``"offload"``, ``"unsloth"`` | what went into it | pinned host memory |
+| ``"auto"`` | as ``"offload"`` for now | |
+
+A layer through which no gradient flows keeps nothing in any mode, and is not computed again: a frozen vision tower costs
+its forward pass only. Recomputation is non-reentrant, so a frozen embedding in front of trainable layers needs no
+``enable_input_require_grads``.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from inspect import signature
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fvlm_core.errors import ConfigError
+from fvlm_core.offload import offloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_CHOSEN = "_fvlm_checkpointing"
+_ALIASES: dict[bool | str, bool | str] = {
+    False: False,
+    True: True,
+    "offload": "offload",
+    "unsloth": "offload",
+    "auto": "offload",
+}
+
+
+class Recompute:
+    """What transformers' layers call in place of `torch.utils.checkpoint.checkpoint`.
+
+    Args:
+        offload: whether the layer's input waits in pinned host memory for the backward pass.
+    """
+
+    def __init__(self, offload: bool) -> None:
+        self.offload = offload
+
+    @property
+    def mode(self) -> bool | str:
+        """The mode that it carries out: True or ``"offload"``."""
+        return "offload" if self.offload else True
+
+    def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
+        """Run ``layer(*args)``; in the backward pass, run it again."""
+        if not torch.is_grad_enabled() or not _carries_gradient(layer, args):
+            return layer(*args)
+        if self.offload and args and isinstance(args[0], torch.Tensor):
+            # The first positional argument is the hidden state. What else comes along (masks, rotary tables) is shared
+            # by all layers, and lives on the device anyway.
+            with offloaded(args[0]):
+                return checkpoint(layer, *args, use_reentrant=False)
+        return checkpoint(layer, *args, use_reentrant=False)
+
+
+def _carries_gradient(layer: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether an input or a parameter of the layer wants a gradient. A wrong no costs memory, never correctness."""
+    keywords: tuple[Any, ...] = ()
+    if isinstance(layer, partial):  # GradientCheckpointingLayer binds the keyword arguments
+        keywords = tuple(layer.keywords.values())
+        layer = layer.func
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in (*args, *keywords)):
+        return True
+    module = layer.__self__ if isinstance(layer, MethodType) else layer
+    return not isinstance(module, torch.nn.Module) or any(p.requires_grad for p in module.parameters())
+
+
+def canonical_mode(mode: bool | str) -> bool | str:
+    """False, True or ``"offload"`` for a mode as the user writes it.
+
+    Raises:
+        ConfigError: it is none of the modes.
+    """
+    if not isinstance(mode, bool | str) or mode not in _ALIASES:
+        raise ConfigError(
+            f"use_gradient_checkpointing={mode!r} is not a mode: pass False, True, 'offload' "
+            "('unsloth' is the same) or 'auto'."
+        )
+    return _ALIASES[mode]
+
+
+def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
+    """Choose a model's checkpointing mode, and keep to it.
+
+    The choice is the model's: while it stands, ``model.gradient_checkpointing_enable()`` (which a Trainer calls by its
+    own settings) restores this mode, and ``model.enable_input_require_grads()`` does nothing, since it would make a
+    frozen tower keep activations. Both are set on this instance only; `remove_checkpointing` takes them off.
+
+    Args:
+        model: a transformers model, or a `peft.PeftModel` around one.
+        mode: False, True, ``"offload"`` (``"unsloth"``) or ``"auto"``; see the module's table.
+
+    Returns:
+        What was applied: False, True or ``"offload"``. It is False, with a warning, for a model whose class does not
+        support checkpointing.
+
+    Raises:
+        ConfigError: ``mode`` is none of the modes.
+    """
+    chosen = canonical_mode(mode)
+    base = _base_model(model)
+    if mode == "auto":
+        logger.info("use_gradient_checkpointing='auto' is 'offload' for now: it does not look at the free memory yet.")
+    if chosen is not False and not _supports(base):
+        logger.warning("%s does not support gradient checkpointing: it stays off.", type(base).__name__)
+        chosen = False
+    vars(base)[_CHOSEN] = chosen
+    _switch(base, chosen)
+    vars(base)["gradient_checkpointing_enable"] = MethodType(gradient_checkpointing_enable, base)
+    vars(base)["enable_input_require_grads"] = MethodType(enable_input_require_grads, base)
+    return chosen
+
+
+def remove_checkpointing(model: nn.Module) -> None:
+    """Turn checkpointing off, and give the model its own ``gradient_checkpointing_enable`` back."""
+    base = _base_model(model)
+    _switch(base, False)
+    for name in (_CHOSEN, "gradient_checkpointing_enable", "enable_input_require_grads"):
+        vars(base).pop(name, None)
+
+
+def suspend_checkpointing(model: nn.Module) -> None:
+    """Turn checkpointing off for a while, as for inference; the choice stands, and `resume_checkpointing` restores it."""
+    _switch(_base_model(model), False)
+
+
+def resume_checkpointing(model: nn.Module) -> None:
+    """Restore the mode that `apply_checkpointing` chose; a model that was given none is left as it is."""
+    base = _base_model(model)
+    if _CHOSEN in vars(base):
+        _switch(base, vars(base)[_CHOSEN])
+
+
+def checkpointing_mode(model: nn.Module) -> bool | str:
+    """What the model does now: False, True (by FVLM or by transformers' own function) or ``"offload"``."""
+    for module in _base_model(model).modules():
+        if vars(module).get("gradient_checkpointing", False):
+            function = vars(module).get("_gradient_checkpointing_func")
+            return function.mode if isinstance(function, Recompute) else True
+    return False
+
+
+def _base_model(model: nn.Module) -> PreTrainedModel:
+    from peft import PeftModel
+
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def _supports(base: PreTrainedModel) -> bool:
+    # Model code from the Hub may still use the format of transformers 4.34, which takes no function.
+    takes_function = "gradient_checkpointing_func" in signature(base._set_gradient_checkpointing).parameters
+    return base.supports_gradient_checkpointing and takes_function
+
+
+def _switch(base: PreTrainedModel, mode: bool | str) -> None:
+    if mode is not False:
+        function = Recompute(offload=mode == "offload")
+        base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    elif base.supports_gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+
+
+# The two methods that `apply_checkpointing` sets on the instance. They keep the names of the methods they stand for, so
+# that a pickled or copied model resolves them.
+
+
+def gradient_checkpointing_enable(
+    model: PreTrainedModel, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """Restore the mode that the model was given; other settings do not change it, and the log says so."""
+    mode = vars(model)[_CHOSEN]
+    _switch(model, mode)
+    wanted = {**(gradient_checkpointing_kwargs or {}), **options}
+    if mode is False or wanted.get("use_reentrant") or wanted.get("offload") or wanted.get("every_n_layers", 1) != 1:
+        logger.info(
+            "Gradient checkpointing stays as use_gradient_checkpointing=%r chose it (asked for: %s).",
+            mode,
+            wanted or "on",
+        )
+
+
+def enable_input_require_grads(model: PreTrainedModel) -> None:
+    """Do nothing: recomputation is non-reentrant, and input gradients would cost a frozen tower its activations."""
+    logger.debug("enable_input_require_grads of %s is not needed and not done.", type(model).__name__)

@@ -1,0 +1,195 @@
+"""A checkpoint folder or Hub id → a model in the asked precision, on the asked devices."""
+
+from __future__ import annotations
+
+import logging
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from fvlm_core.checkpoint import Source, check_weights, find_source, read_config
+from fvlm_core.errors import CheckpointError, ConfigError
+from fvlm_core.origin import Origin, set_origin
+from fvlm_core.placement import choose_device_map, main_device
+from fvlm_core.precision import Precision, choose_dtype
+from fvlm_core.quantized import (
+    adopt_stored_quantization,
+    build_skeleton,
+    quantization,
+    settle_precision,
+    stored_precision,
+)
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Where files come from: given to every transformers function that reads some.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "subfolder")
+# How the model is built and placed: given to the model's from_pretrained.
+MODEL_OPTIONS = (
+    "attn_implementation",
+    "code_revision",
+    "disable_mmap",
+    "experts_implementation",
+    "key_mapping",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "variant",
+)
+
+
+def load_model(
+    model_name: str | os.PathLike[str],
+    *,
+    precision: Precision | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = "sequential",
+    token: str | bool | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load an image-text-to-text model.
+
+    Args:
+        model_name: a folder or a Hub id with a transformers checkpoint in safetensors.
+        precision: how its base weights are held; None: as they are stored if the checkpoint is quantized, else 4 bit.
+        dtype: what is not quantized is held in it, and all is computed in it; see `fvlm_core.precision.choose_dtype`.
+        device_map: see `fvlm_core.placement.choose_device_map`.
+        token: for private or gated repositories of the Hub. It is passed on and never kept.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run model code that the checkpoint brings along.
+        **kwargs: options of transformers' ``from_pretrained``: those of `HUB_OPTIONS` and `MODEL_OPTIONS`.
+
+    Returns:
+        The model in evaluation mode, with its `Origin` set. Under `Precision.FULL` every parameter requires a gradient;
+        under the others none does, since adapters are to be put on it.
+
+    Raises:
+        ConfigError: an argument cannot be used, or contradicts how the checkpoint is stored.
+        CheckpointError: the checkpoint is missing, damaged, incomplete, or of a kind that cannot be loaded.
+    """
+    check_options(kwargs)
+    hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
+    options = {key: value for key, value in kwargs.items() if key in MODEL_OPTIONS}
+    source = find_source(model_name, revision, token, **hub)
+    placed = choose_device_map(device_map)
+    chosen_dtype = choose_dtype(dtype, main_device(placed))
+    stored = stored_precision(read_config(source, trust_remote_code), source.name)
+    settled = settle_precision(precision, stored, source.name)
+    check_weights(source, options.get("variant"))
+    config = _build_config(source, trust_remote_code, options.get("code_revision"))
+    if stored is not None:
+        adopt_stored_quantization(config, source, chosen_dtype, options.get("variant"))
+    elif settled.quantized:
+        options["quantization_config"] = quantization(settled, chosen_dtype, _unquantized(config))
+    model = _read_weights(
+        source, config, dtype=chosen_dtype, device_map=placed, trust_remote_code=trust_remote_code, **options
+    )
+    model.requires_grad_(settled is Precision.FULL)
+    origin = Origin(
+        source=source.name,
+        revision=revision,
+        precision=settled,
+        source_quantized=stored is not None,
+        dtype=str(chosen_dtype).removeprefix("torch."),
+        trust_remote_code=trust_remote_code,
+    )
+    set_origin(model, origin)
+    return model
+
+
+def check_options(kwargs: dict[str, Any]) -> None:
+    """Refuse options that `load_model` does not know.
+
+    Raises:
+        ConfigError: one is unknown; the message names the nearest known one.
+    """
+    known = (*HUB_OPTIONS, *MODEL_OPTIONS)
+    for name in kwargs:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(sorted(known))}."
+            raise ConfigError(f"{name!r} is not an option of loading a model: {hint}")
+
+
+def _build_config(source: Source, trust_remote_code: bool, code_revision: str | None) -> PreTrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    code = {"code_revision": code_revision} if code_revision else {}
+    try:
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options, **code)
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"config.json of {source.name!r} cannot be used ({type(error).__name__}: {_first_line(error)}): "
+            "save or download the checkpoint again."
+        ) from None
+    _check_task(config, source)
+    return config
+
+
+def _check_task(config: PreTrainedConfig, source: Source) -> None:
+    """Refuse a model that takes no images."""
+    from transformers import AutoModelForImageTextToText
+
+    brings_code = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not brings_code:
+        raise CheckpointError(
+            f"{source.name!r} is a {config.model_type!r} model, which is not one that takes images and text and gives "
+            "text: pass a vision-language checkpoint."
+        )
+
+
+def _unquantized(config: PreTrainedConfig) -> tuple[str, ...]:
+    from fvlm_core.arch import facts_by_type, facts_for
+
+    facts = facts_by_type(config.model_type) or facts_for(build_skeleton(config))
+    return facts.unquantized
+
+
+def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source.name,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below with one sentence
+            output_loading_info=True,
+            **source.options,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The weights of {source.name!r} cannot be read ({_first_line(error)}): check that it has safetensors "
+            "files, the network and the token."
+        ) from None
+    if report["mismatched_keys"]:
+        name, stored, expected = sorted(report["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{source.name!r} stores {name!r} with shape {tuple(stored)}, and its config.json asks for "
+            f"{tuple(expected)}: use the config.json that belongs to these weights."
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source.name!r} lacks {len(missing)} of the weights of a {config.model_type!r} model, such as "
+            f"{missing[0]!r}: save or download the checkpoint again."
+        )
+    if report["unexpected_keys"]:
+        unexpected = sorted(report["unexpected_keys"])
+        logger.warning("%d weights of %s are not used, such as %s.", len(unexpected), source.name, unexpected[0])
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".:") if text else type(error).__name__

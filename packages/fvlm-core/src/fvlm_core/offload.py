@@ -1,0 +1,74 @@
+"""Keep one saved tensor in pinned host memory between the forward and the backward pass.
+
+The copy to the host runs on a stream of its own, beside the layer's computation. The way back runs on the stream that
+needs the tensor (fetching it earlier is a later step). CPU tensors, and small ones, stay where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Below this size the copies cost more in launches than the memory is worth.
+MIN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    copy: torch.Tensor  # pinned
+    device: torch.device
+    ready: torch.cuda.Event  # the copy is complete
+
+
+def offloaded(tensor: torch.Tensor, min_bytes: int = MIN_BYTES) -> saved_tensors_hooks:
+    """A context in which ``tensor``, if autograd saves it, waits for the backward pass in pinned host memory.
+
+    Other tensors saved in the context are kept as they are, and so are integers, tensors that are not on a CUDA device,
+    and tensors below ``min_bytes``. `torch.utils.checkpoint` pushes hooks of its own for what the layer computes, so
+    around a checkpointed layer this sees the layer's inputs only.
+
+    Args:
+        tensor: any shape and dtype; its strides are kept where it is dense.
+        min_bytes: the least size worth a copy.
+    """
+    worth = tensor.is_cuda and tensor.is_floating_point() and tensor.numel() * tensor.element_size() >= min_bytes
+    address, shape = tensor.data_ptr(), tensor.shape
+
+    def pack(saved: torch.Tensor) -> torch.Tensor | _OnHost:
+        if worth and saved.data_ptr() == address and saved.shape == shape:
+            return _to_host(saved)
+        return saved
+
+    unpack: Callable[[torch.Tensor | _OnHost], torch.Tensor] = _to_device
+    return saved_tensors_hooks(pack, unpack)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _to_host(tensor: torch.Tensor) -> _OnHost:
+    tensor = tensor.detach()
+    stream = _copy_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))  # the tensor may still be being written
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    with torch.cuda.stream(stream):
+        copy.copy_(tensor, non_blocking=True)
+        ready = stream.record_event()
+    tensor.record_stream(stream)  # its memory is not reused before the copy has read it
+    return _OnHost(copy, tensor.device, ready)
+
+
+def _to_device(packed: torch.Tensor | _OnHost) -> torch.Tensor:
+    if isinstance(packed, torch.Tensor):
+        return packed
+    torch.cuda.current_stream(packed.device).wait_event(packed.ready)
+    return packed.copy.to(packed.device, non_blocking=True)

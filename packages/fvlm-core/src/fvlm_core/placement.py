@@ -1,0 +1,91 @@
+"""Where a model's modules go."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from fvlm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_STRATEGIES = ("sequential", "auto", "balanced", "balanced_low_0")
+
+
+def main_device(device_map: Any) -> torch.device:
+    """The device that computes the first layer: what decides the dtype of a model placed by ``device_map``."""
+    import torch
+
+    if isinstance(device_map, dict):
+        device_map = next(iter(device_map.values()), "cpu")
+        device_map = "cpu" if device_map == "disk" else device_map
+    if isinstance(device_map, str) and device_map in _STRATEGIES:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
+
+
+def choose_device_map(device_map: Any) -> Any:
+    """What `transformers` is given for the user's ``device_map``.
+
+    * A strategy (``"sequential"``, ``"auto"``, ``"balanced"``, ``"balanced_low_0"``) or None means the CPU where there
+      is no GPU; the process's own GPU under torchrun, where every process holds a whole model; and the strategy itself
+      otherwise (None: ``"sequential"``).
+    * A device, its name or number, and a dictionary from module names to devices, are taken as they are.
+
+    Raises:
+        ConfigError: it is none of these, or names a GPU that is not there.
+    """
+    import torch
+
+    if device_map is None or (isinstance(device_map, str) and device_map in _STRATEGIES):
+        if not torch.cuda.is_available():
+            return {"": "cpu"}
+        if "LOCAL_RANK" in os.environ:
+            return {"": _local_rank()}
+        return device_map or "sequential"
+    if isinstance(device_map, dict):
+        if not device_map:
+            raise ConfigError("device_map={} places nothing: pass 'sequential', a device, or {'': device}.")
+        for device in device_map.values():
+            _check_device(device, device_map)
+        return device_map
+    return {"": _check_device(device_map, device_map)}
+
+
+def _local_rank() -> int:
+    import torch
+
+    text = os.environ["LOCAL_RANK"]
+    if not text.isdecimal() or int(text) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK={text!r} (environment) names no GPU of the {torch.cuda.device_count()} here: "
+            "start at most as many processes as there are GPUs."
+        )
+    return int(text)
+
+
+def _check_device(device: Any, device_map: Any) -> Any:
+    """``device`` as `transformers` takes it, if it exists."""
+    import torch
+
+    if device == "disk":
+        return device
+    try:
+        # A bare number is a GPU's; a bool is an int to Python but no device to anyone.
+        if isinstance(device, bool):
+            raise TypeError
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(
+            f"device_map={device_map!r} is not understood: pass one of {', '.join(map(repr, _STRATEGIES))}, a device "
+            "such as 'cuda:0' or 'cpu', or a dictionary from module names to devices."
+        ) from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device_map={device_map!r} names {found}, and there are {torch.cuda.device_count()} GPUs here: "
+            "pass 'sequential', or a device that exists."
+        )
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", _local_rank() if "LOCAL_RANK" in os.environ else torch.cuda.current_device())
+    return found

@@ -1,0 +1,65 @@
+"""vLLM beside the model: an inference engine on the same checkpoint, for ``fast_inference=True``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from fvlm_core.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from fvlm_core.origin import Origin
+
+
+def check_engine(fast_inference: bool, gpu_memory_utilization: float) -> None:
+    """Check what an engine needs before anything large is loaded.
+
+    Raises:
+        ConfigError: ``gpu_memory_utilization`` is no share of the memory.
+        MissingExtraError: ``fast_inference`` without vLLM.
+    """
+    number = isinstance(gpu_memory_utilization, int | float) and not isinstance(gpu_memory_utilization, bool)
+    if not number or not 0 < gpu_memory_utilization <= 1:
+        raise ConfigError(
+            f"gpu_memory_utilization={gpu_memory_utilization!r} is not a share of the GPU's memory: "
+            "pass a number above 0 and up to 1."
+        )
+    if not isinstance(fast_inference, bool):
+        raise ConfigError(f"fast_inference={fast_inference!r} is not a boolean: pass True or False.")
+    if fast_inference and find_spec("vllm") is None:
+        raise MissingExtraError(
+            "fast_inference=True needs vLLM, which is not installed: pip install fvlm-vision[vllm], "
+            "or leave fast_inference out."
+        )
+
+
+def engine_options(
+    origin: Origin, max_seq_length: int, gpu_memory_utilization: float, token: str | bool | None
+) -> dict[str, Any]:
+    """What `vllm.LLM` is given to serve the checkpoint that a model was loaded from, with LoRA adapters allowed."""
+    options: dict[str, Any] = {
+        "model": origin.source,
+        "revision": origin.revision,
+        "trust_remote_code": origin.trust_remote_code,
+        "dtype": origin.dtype,
+        "max_model_len": max_seq_length,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "enable_lora": True,
+    }
+    if origin.precision.quantized:  # vLLM quantizes to 4 bit as it loads, and reads stored bitsandbytes weights
+        options["quantization"] = "bitsandbytes"
+    if token is not None:
+        options["hf_token"] = token
+    return options
+
+
+def attach_engine(model: Any, options: dict[str, Any]) -> None:
+    """Start an engine and bind it: ``model.vllm_engine`` (a `vllm.LLM`) and ``model.fast_generate`` (its ``generate``).
+
+    The engine holds weights of its own. An adapter reaches it as vLLM takes them: ``lora_request=`` on a saved adapter.
+    """
+    from vllm import LLM
+
+    engine = LLM(**options)
+    vars(model)["vllm_engine"] = engine
+    vars(model)["fast_generate"] = engine.generate

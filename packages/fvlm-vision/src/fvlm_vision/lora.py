@@ -1,0 +1,140 @@
+"""LoRA on a loaded model: what the user asked for, checked, and put on by PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from fvlm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+# Options of this package beside those of PEFT's LoraConfig.
+OWN_OPTIONS = ("target_modules", "finetune_projector_layers", "finetune_last_n_layers")
+# What LoraConfig has and get_peft_model takes no second word on: set from its arguments, from the selection of modules,
+# or by PEFT itself; and what would change the model's layers.
+_SETTLED = frozenset(
+    {
+        "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "loftq_config",
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication", "fan_in_fan_out",
+        "megatron_config", "megatron_core",
+    }
+)  # fmt: skip
+_BIASES = ("none", "all", "lora_only")
+
+
+def check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, bias: Any, random_state: Any) -> None:
+    """Check the LoRA arguments that PEFT would take without a word.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
+    if not _is_integer(r) or r < 1:
+        raise ConfigError(f"r={r!r} is not a LoRA rank: pass a whole number of at least 1, such as 16.")
+    if not _is_number(lora_alpha) or not lora_alpha > 0:
+        raise ConfigError(f"lora_alpha={lora_alpha!r} is not a LoRA scale: pass a number above 0, such as 16.")
+    if not _is_number(lora_dropout) or not 0 <= lora_dropout < 1:
+        raise ConfigError(f"lora_dropout={lora_dropout!r} is not a dropout rate: pass a number from 0 to below 1.")
+    if bias not in _BIASES:
+        raise ConfigError(f"bias={bias!r} is not a choice of biases: pass one of {', '.join(map(repr, _BIASES))}.")
+    if random_state is not None and (not _is_integer(random_state) or not 0 <= random_state < 2**63):
+        raise ConfigError(f"random_state={random_state!r} is not a seed: pass a whole number of at least 0, or None.")
+
+
+def check_lora_options(options: dict[str, Any]) -> None:
+    """Refuse options that neither this package nor PEFT's LoraConfig knows.
+
+    Raises:
+        ConfigError: one is unknown; the message names the nearest known one.
+    """
+    known = sorted({*OWN_OPTIONS, *_lora_fields()})
+    for name in options:
+        if name in known:
+            continue
+        if name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            raise ConfigError(f"{name!r} is not taken: choose modules by target_modules or finetune_last_n_layers.")
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(known)}."
+        raise ConfigError(f"{name!r} is not an option of get_peft_model: {hint}")
+
+
+def build_lora_config(
+    modules: list[str], *, loftq_config: Any, quantized: bool, revision: str | None, **options: Any
+) -> LoraConfig:
+    """PEFT's configuration for LoRA on exactly ``modules``.
+
+    Args:
+        modules: full names of the modules that get an adapter.
+        loftq_config: PEFT's LoftQConfig or its fields; giving one asks for LoftQ initialization.
+        quantized: whether the base weights are quantized already.
+        revision: of the base model on the Hub; noted in the adapter, so that PEFT loads the same base.
+        **options: further fields of LoraConfig.
+
+    Raises:
+        ConfigError: PEFT refuses the combination, or LoftQ is asked for on quantized weights.
+    """
+    from peft import LoraConfig
+
+    if loftq_config:
+        if options.setdefault("init_lora_weights", "loftq") != "loftq":
+            raise ConfigError(
+                f"loftq_config and init_lora_weights={options['init_lora_weights']!r} contradict each other: "
+                "leave one of them out."
+            )
+        options["loftq_config"] = loftq_config
+    if options.get("init_lora_weights") == "loftq" and quantized:
+        raise ConfigError(
+            "LoftQ quantizes the base weights itself, and this model's are quantized already: "
+            "load it with load_in_16bit=True, or leave loftq_config out."
+        )
+    try:
+        return LoraConfig(target_modules=modules, task_type="CAUSAL_LM", revision=revision, **options)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"PEFT refuses these LoRA options: {_one_line(error)}") from None
+
+
+@contextmanager
+def seeded(random_state: int | None, model: PreTrainedModel) -> Iterator[None]:
+    """Draw from ``random_state`` inside, and leave the global random state as it was; None: draw from the global one."""
+    import torch
+
+    if random_state is None:
+        yield
+        return
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(random_state)
+        yield
+
+
+def freeze_biases(model: PreTrainedModel, towers: tuple[str, ...]) -> None:
+    """Freeze the biases below ``towers`` (module paths), which PEFT's ``bias="all"`` trains in the whole model."""
+    for tower in towers:
+        for name, parameter in model.get_submodule(tower).named_parameters():
+            if name.rpartition(".")[2] == "bias" and "lora_" not in name:
+                parameter.requires_grad_(False)
+
+
+def _lora_fields() -> set[str]:
+    from peft import LoraConfig
+
+    return {field.name for field in dataclasses.fields(LoraConfig) if field.init} - _SETTLED
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -65,7 +65,7 @@ def _ref(
     n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if rounding == "gemma":
         return ((offset + weight.to(n.dtype)) * n).to(h.dtype), h
-    scale = weight if offset == 0.0 else offset + weight
+    scale = weight if offset == 0.0 else (offset + weight.to(n.dtype)).to(weight.dtype)
     return scale * n.to(h.dtype), h
 
 

@@ -5,8 +5,8 @@ With ``exact`` the reference computed in float64 and ``low`` the reference compu
     err(ours) <= 2 * err(low) + eps(dtype) * max|exact|
 
 for every output and every gradient, ``err`` being the largest absolute difference from ``exact``. No op has tolerances
-of its own: where plain PyTorch rounds, an op may round about as much, and no more. Other packages hold their fused layers
-to the same policy with :func:`check_against_reference`.
+of its own: where plain PyTorch rounds, an op may round about as much, and no more. Other packages hold their fused
+layers to the same policy with :func:`check_against_reference`.
 """
 
 from __future__ import annotations

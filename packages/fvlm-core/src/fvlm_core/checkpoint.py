@@ -103,9 +103,7 @@ def find_source(
     path = Path(name)
     if path.is_file():
         raise CheckpointError(f"model_name={name!r} is a file: pass the folder that holds the checkpoint.")
-    looks_local = (
-        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.sep != "/" and os.sep in name
-    )
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
     if not path.is_dir() and looks_local:
         raise CheckpointError(f"model_name={name!r}: there is no such folder; check the path.")
     return Source(name, revision, hub, token)

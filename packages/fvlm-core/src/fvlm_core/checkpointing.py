@@ -7,8 +7,8 @@
 | ``"offload"``, ``"unsloth"`` | what went into it | pinned host memory |
 | ``"auto"`` | as ``"offload"`` for now | |
 
-A layer through which no gradient flows keeps nothing in any mode, and is not computed again: a frozen vision tower costs
-its forward pass only. Recomputation is non-reentrant, so a frozen embedding in front of trainable layers needs no
+A layer through which no gradient flows keeps nothing in any mode, and is not computed again: a frozen vision tower
+costs its forward pass only. Recomputation is non-reentrant, so a frozen embedding in front of trainable layers needs no
 ``enable_input_require_grads``.
 """
 
@@ -18,7 +18,7 @@ import logging
 from functools import partial
 from inspect import signature
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -138,7 +138,7 @@ def remove_checkpointing(model: nn.Module) -> None:
 
 
 def suspend_checkpointing(model: nn.Module) -> None:
-    """Turn checkpointing off for a while, as for inference; the choice stands, and `resume_checkpointing` restores it."""
+    """Turn checkpointing off for a while, as for inference; `resume_checkpointing` restores the choice."""
     _switch(_base_model(model), False)
 
 
@@ -161,8 +161,7 @@ def checkpointing_mode(model: nn.Module) -> bool | str:
 def _base_model(model: nn.Module) -> PreTrainedModel:
     from peft import PeftModel
 
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base
+    return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def _supports(base: PreTrainedModel) -> bool:

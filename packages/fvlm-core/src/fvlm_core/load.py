@@ -124,7 +124,9 @@ def _build_config(source: Source, trust_remote_code: bool, code_revision: str | 
 
     code = {"code_revision": code_revision} if code_revision else {}
     try:
-        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options, **code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.name, trust_remote_code=trust_remote_code, **source.options, **code
+        )
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(
             f"config.json of {source.name!r} cannot be used ({type(error).__name__}: {_first_line(error)}): "
@@ -150,7 +152,8 @@ def _unquantized(config: PreTrainedConfig) -> tuple[str, ...]:
     from fvlm_core.arch import facts_by_type, facts_for
 
     facts = facts_by_type(config.model_type) or facts_for(build_skeleton(config))
-    return facts.unquantized
+    unquantized: tuple[str, ...] = facts.unquantized
+    return unquantized
 
 
 def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -158,7 +161,7 @@ def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> P
     from transformers import AutoModelForImageTextToText
 
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source.name,
             config=config,
             use_safetensors=True,
@@ -172,6 +175,8 @@ def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> P
             f"The weights of {source.name!r} cannot be read ({_first_line(error)}): check that it has safetensors "
             "files, the network and the token."
         ) from None
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     if report["mismatched_keys"]:
         name, stored, expected = sorted(report["mismatched_keys"])[0]
         raise CheckpointError(

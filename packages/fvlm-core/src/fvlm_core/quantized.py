@@ -86,9 +86,9 @@ def adopt_stored_quantization(
 ) -> None:
     """Make ``config`` load an already-quantized checkpoint exactly as it is stored.
 
-    The checkpoint's own list of unquantized modules is written for the transformers version and the module names that it
-    was saved with. A mismatch would put 16-bit weights into quantized layers, so the list is derived anew from what is
-    stored: a linear layer is quantized if and only if the checkpoint holds a quantization state for it.
+    The checkpoint's own list of unquantized modules is written for the transformers version and the module names that
+    it was saved with. A mismatch would put 16-bit weights into quantized layers, so the list is derived anew from what
+    is stored: a linear layer is quantized if and only if the checkpoint holds a quantization state for it.
 
     Args:
         config: changed in place.
@@ -114,7 +114,7 @@ def adopt_stored_quantization(
     config.quantization_config = {
         **config.quantization_config,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        # transformers matches these as regular expressions from the start of a name, so "layers.1" would take "layers.10".
+        # transformers matches these as regular expressions from the start of a name: "layers.1" would take "layers.10".
         "llm_int8_skip_modules": [f"{re.escape(name)}$" for name in kept],
     }
 
@@ -125,16 +125,17 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    return skeleton
 
 
 def _renamed(modules: set[str], skeleton: PreTrainedModel) -> set[str]:
     """The names that modules of a checkpoint have in the model it is loaded into (transformers renames old layouts)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     transforms = get_model_conversion_mapping(skeleton)
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state = skeleton.state_dict()
     return {

@@ -21,8 +21,7 @@ class SavedAdapter:
     """An adapter's folder or repository, and the base it was trained on."""
 
     source: Source
-    base: str
-    base_revision: str | None
+    base: Source
 
     @property
     def has_processor(self) -> bool:
@@ -49,8 +48,10 @@ def find_adapter(source: Source) -> SavedAdapter | None:
             f"{ADAPTER_CONFIG} of {source.name!r} names no base_model_name_or_path: write the base model's folder or "
             "Hub id there."
         )
+    # A subfolder is the adapter's; the base is found by its own name and revision.
+    hub = {key: value for key, value in source.hub.items() if key != "subfolder"}
     try:
-        find_source(base)
+        base_source = find_source(base, revision, source.token, **hub)
     except CheckpointError:
         raise CheckpointError(
             f"The adapter {source.name!r} was trained on {base!r}, and there is no such folder: bring it back, or "
@@ -58,7 +59,7 @@ def find_adapter(source: Source) -> SavedAdapter | None:
         ) from None
     if source.file(ADAPTER_WEIGHTS) is None:
         raise CheckpointError(f"The adapter {source.name!r} has no {ADAPTER_WEIGHTS}: save it again as safetensors.")
-    return SavedAdapter(source, base, revision)
+    return SavedAdapter(source, base_source)
 
 
 def attach_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> PeftModel:
@@ -76,14 +77,14 @@ def attach_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> PeftModel:
         attached = PeftModel.from_pretrained(model, adapter.source.name, is_trainable=True, **adapter.source.options)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"The adapter {adapter.source.name!r} does not fit its base {adapter.base!r} "
+            f"The adapter {adapter.source.name!r} does not fit its base {adapter.base.name!r} "
             f"({str(error).strip().splitlines()[-1].strip()}): check that the base is the one it was trained on."
         ) from None
     expected = set(get_peft_model_state_dict(attached))
     if expected != stored:
         odd = sorted(expected ^ stored)
         raise CheckpointError(
-            f"The adapter {adapter.source.name!r} and its base {adapter.base!r} disagree in {len(odd)} tensors, such "
-            f"as {odd[0]!r}: check that the base is the one it was trained on."
+            f"The adapter {adapter.source.name!r} and its base {adapter.base.name!r} disagree in {len(odd)} tensors, "
+            f"such as {odd[0]!r}: check that the base is the one it was trained on."
         )
     return attached

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
     from pathlib import Path
 
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
-def bind_methods(model: PreTrainedModel) -> None:
-    """Give ``model`` (a base model or a `peft.PeftModel`) the methods of this module.
+def bind_methods(model: PreTrainedModel | PeftModel) -> None:
+    """Give ``model`` the methods of this module.
 
     A PeftModel needs its own: those of the model it wraps would save that model alone.
     """
-    methods = [save_pretrained_merged, push_to_hub_merged]
+    methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged]
     if not hasattr(model, "print_trainable_parameters"):  # PEFT's models bring it
         methods.append(print_trainable_parameters)
     for method in methods:
@@ -25,7 +27,7 @@ def bind_methods(model: PreTrainedModel) -> None:
 
 
 def save_pretrained_merged(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     output_dir: str | os.PathLike[str],
     processor: Any = None,
     save_method: str = "merged_16bit",
@@ -38,7 +40,7 @@ def save_pretrained_merged(
 
 
 def push_to_hub_merged(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     repo_id: str,
     processor: Any = None,
     save_method: str = "merged_16bit",

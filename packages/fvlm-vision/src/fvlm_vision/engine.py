@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.errors import ConfigError, MissingExtraError
+from fvlm_core.origin import origin_of
 
 if TYPE_CHECKING:
-    from fvlm_core.origin import Origin
+    from transformers import PreTrainedModel
 
 
 def check_engine(fast_inference: bool, gpu_memory_utilization: float) -> None:
@@ -34,9 +35,16 @@ def check_engine(fast_inference: bool, gpu_memory_utilization: float) -> None:
 
 
 def engine_options(
-    origin: Origin, max_seq_length: int, gpu_memory_utilization: float, token: str | bool | None
+    model: PreTrainedModel, max_seq_length: int, gpu_memory_utilization: float, token: str | bool | None
 ) -> dict[str, Any]:
-    """What `vllm.LLM` is given to serve the checkpoint that a model was loaded from, with LoRA adapters allowed."""
+    """What `vllm.LLM` is given to serve the checkpoint that a model was loaded from, with LoRA adapters allowed.
+
+    Raises:
+        ConfigError: the model was not loaded by `fvlm_core.load.load_model`.
+    """
+    origin = origin_of(model)
+    if origin is None:
+        raise ConfigError("The model has no origin: load it with from_pretrained.")
     options: dict[str, Any] = {
         "model": origin.source,
         "revision": origin.revision,

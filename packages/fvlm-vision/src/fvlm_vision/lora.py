@@ -22,7 +22,8 @@ OWN_OPTIONS = ("target_modules", "finetune_projector_layers", "finetune_last_n_l
 _SETTLED = frozenset(
     {
         "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "loftq_config",
-        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode",
         "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication", "fan_in_fan_out",
         "megatron_config", "megatron_core",
     }
@@ -102,7 +103,7 @@ def build_lora_config(
 
 @contextmanager
 def seeded(random_state: int | None, model: PreTrainedModel) -> Iterator[None]:
-    """Draw from ``random_state`` inside, and leave the global random state as it was; None: draw from the global one."""
+    """Draw from ``random_state`` inside and leave the global random state as it was; None: draw from that one."""
     import torch
 
     if random_state is None:

@@ -60,17 +60,17 @@ class FastVisionModel:
         fast_inference: bool = False,
         gpu_memory_utilization: float = 0.5,
         **kwargs: Any,
-    ) -> tuple[PreTrainedModel, ProcessorMixin]:
+    ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
         """Load a checkpoint, or a saved adapter on its base, and its processor.
 
         Args:
-            model_name: a folder or a Hub id. One that holds an ``adapter_config.json`` is an adapter: its base is loaded
-                in the precision asked for and the adapter attached, trainable.
+            model_name: a folder or a Hub id. One that holds an ``adapter_config.json`` is an adapter: its base is
+                loaded in the precision asked for and the adapter attached, trainable.
             max_seq_length: the longest sample in tokens; kept as ``model.max_seq_length``, where the collator finds it.
             dtype: of what is not quantized, and of the computation. None: bfloat16 where the device has it, else
                 float16; float32 on the CPU.
-            load_in_4bit: NF4 with double quantization. None (not given): True unless another precision is chosen, and an
-                already-quantized checkpoint loads as it is stored. False with nothing else chosen: 16 bit.
+            load_in_4bit: NF4 with double quantization. None (not given): True unless another precision is chosen, and
+                an already-quantized checkpoint loads as it is stored. False with nothing else chosen: 16 bit.
             load_in_8bit: int8.
             load_in_16bit: not quantized, frozen.
             full_finetuning: not quantized, every parameter trainable.
@@ -103,35 +103,35 @@ class FastVisionModel:
         hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
         source = find_source(model_name, revision, token, **hub)
         adapter = find_adapter(source)
-        if adapter is not None:
-            if precision is Precision.FULL:
-                raise ConfigError(
-                    f"full_finetuning=True does not fit {source.name!r}, which is an adapter: merge it first, or choose "
-                    "another precision."
-                )
-            # The subfolder is the adapter's; the base is found by its own name and revision.
-            kwargs.pop("subfolder", None)
+        if adapter is not None and precision is Precision.FULL:
+            raise ConfigError(
+                f"full_finetuning=True does not fit {source.name!r}, which is an adapter: merge it first, or choose "
+                "another precision."
+            )
+        base = source if adapter is None else adapter.base
         model = load_model(
-            source.name if adapter is None else adapter.base,
+            base.name,
             precision=precision,
             dtype=dtype,
             device_map=device_map,
             token=token,
-            revision=revision if adapter is None else adapter.base_revision,
+            revision=base.revision,
             trust_remote_code=trust_remote_code,
-            **kwargs,
+            **{**_without(kwargs, HUB_OPTIONS), **base.hub},
         )
         check_length(max_seq_length, model)
-        model.max_seq_length = max_seq_length
+        vars(model)["max_seq_length"] = max_seq_length
         processor = load_processor(source, adapter, trust_remote_code)
         if fast_inference:
-            attach_engine(model, engine_options(_origin(model), max_seq_length, gpu_memory_utilization, token))
+            attach_engine(model, engine_options(model, max_seq_length, gpu_memory_utilization, token))
         bind_methods(model)
-        if adapter is not None:
-            model = attach_adapter(model, adapter)
-            bind_methods(model)
-        apply_checkpointing(model, use_gradient_checkpointing)
-        return model, processor
+        if adapter is None:
+            apply_checkpointing(model, use_gradient_checkpointing)
+            return model, processor
+        adapted = attach_adapter(model, adapter)
+        bind_methods(adapted)
+        apply_checkpointing(adapted, use_gradient_checkpointing)
+        return adapted, processor
 
     @staticmethod
     def get_peft_model(
@@ -172,7 +172,7 @@ class FastVisionModel:
                 or ``init_lora_weights``.
 
         Returns:
-            The model with adapters, in training mode. ``model.fvlm_targets`` says what was chosen, as a table per tower.
+            The model with adapters, in training mode. ``model.fvlm_targets`` says what was chosen, tower by tower.
 
         Raises:
             ConfigError: an argument cannot be used, the choice selects nothing, or the model cannot take an adapter.
@@ -219,12 +219,12 @@ class FastVisionModel:
         return adapted
 
     @staticmethod
-    def for_training(model: PreTrainedModel) -> None:
+    def for_training(model: PreTrainedModel | PeftModel) -> None:
         """Switch to training: train mode, the checkpointing mode that was chosen, no key-value cache."""
         modes.for_training(model)
 
     @staticmethod
-    def for_inference(model: PreTrainedModel) -> None:
+    def for_inference(model: PreTrainedModel | PeftModel) -> None:
         """Switch to inference: evaluation mode, no checkpointing, with the key-value cache."""
         modes.for_inference(model)
 
@@ -264,8 +264,5 @@ def _inject(model: PreTrainedModel, config: Any, random_state: int | None) -> Pe
     return adapted
 
 
-def _origin(model: PreTrainedModel) -> Any:
-    origin = origin_of(model)
-    if origin is None:
-        raise ConfigError("The model has no origin: load it with from_pretrained.")
-    return origin
+def _without(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in names}

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fvlm_core.checkpointing import resume_checkpointing, suspend_checkpointing
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
-def for_training(model: PreTrainedModel) -> None:
+def for_training(model: PreTrainedModel | PeftModel) -> None:
     """Train mode, the checkpointing mode the model was given, no key-value cache."""
     model.train()
     resume_checkpointing(model)
     _use_cache(model, False)
 
 
-def for_inference(model: PreTrainedModel) -> None:
+def for_inference(model: PreTrainedModel | PeftModel) -> None:
     """Evaluation mode, no checkpointing, with the key-value cache."""
     model.eval()
     suspend_checkpointing(model)
     _use_cache(model, True)
 
 
-def _use_cache(model: PreTrainedModel, use: bool) -> None:
+def _use_cache(model: Any, use: bool) -> None:
     # The language model reads its own config; some families' top model reads the outer one.
     text = model.config.get_text_config()
     text.use_cache = use

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.checkpoint import Source
 from fvlm_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from fvlm_core.checkpoint import Source
     from fvlm_vision.adapter import SavedAdapter
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,7 @@ def load_processor(source: Source, adapter: SavedAdapter | None, trust_remote_co
     from transformers import AutoProcessor, ProcessorMixin
 
     if adapter is not None and not adapter.has_processor:
-        hub = {key: value for key, value in source.hub.items() if key != "subfolder"}
-        source = Source(adapter.base, adapter.base_revision, hub, source.token)
+        source = adapter.base
     try:
         processor = AutoProcessor.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options)
     except (OSError, TypeError, ValueError) as error:

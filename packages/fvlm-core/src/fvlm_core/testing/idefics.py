@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -32,7 +33,7 @@ def _style(video: str | None) -> ChatStyle:
     return ChatStyle(turns, image="<image>", video=video, begin="<|im_start|>", gap="\n")
 
 
-def _config(kind: type[transformers.PretrainedConfig], tokenizer: Any) -> transformers.PretrainedConfig:
+def _config(kind: Callable[..., transformers.PretrainedConfig], tokenizer: Any) -> transformers.PretrainedConfig:
     return kind(
         image_token_id=tokenizer.image_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -75,11 +76,13 @@ def idefics3() -> Blueprint:
 
 def smolvlm() -> Blueprint:
     """As Idefics3, with videos; its processor needs the package num2words."""
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+
     tokenizer = _tokenizer()
     processor = transformers.SmolVLMProcessor(
         image_processor=transformers.SmolVLMImageProcessor(**_IMAGE),
         tokenizer=tokenizer,
-        video_processor=transformers.SmolVLMVideoProcessor(
+        video_processor=SmolVLMVideoProcessor(
             **_IMAGE, video_sampling={"video_size": {"longest_edge": 32}, "max_frames": 4, "fps": 1}
         ),
         image_seq_len=_TOKENS_AN_IMAGE,

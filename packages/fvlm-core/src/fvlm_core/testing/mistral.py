@@ -8,7 +8,7 @@ import transformers
 
 from fvlm_core.testing.blueprint import Blueprint
 from fvlm_core.testing.chat import ChatStyle, chat_template
-from fvlm_core.testing.tokenizer import VOCAB_SIZE, tiny_tokenizer
+from fvlm_core.testing.tokenizer import VOCAB_SIZE, tiny_tokenizer, token_id
 
 _SPECIAL = (
     "<s>",
@@ -89,7 +89,7 @@ def pixtral() -> Blueprint:
         vision_config=_vision(64, 16),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        image_token_index=token_id(tokenizer, "[IMG]"),
         image_seq_length=1,
     )
     return Blueprint(config, _processor(tokenizer, 64, 16, merge=1))
@@ -101,7 +101,7 @@ def mistral3() -> Blueprint:
     config = transformers.Mistral3Config(
         text_config=_text(tokenizer),
         vision_config=_vision(84, 14),
-        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        image_token_index=token_id(tokenizer, "[IMG]"),
         tie_word_embeddings=False,
     )
     return Blueprint(config, _processor(tokenizer, 84, 14, merge=2))

@@ -6,7 +6,7 @@ import transformers
 
 from fvlm_core.testing.blueprint import Blueprint
 from fvlm_core.testing.chat import ChatStyle, chat_template
-from fvlm_core.testing.tokenizer import VOCAB_SIZE, tiny_tokenizer
+from fvlm_core.testing.tokenizer import VOCAB_SIZE, tiny_tokenizer, token_id
 
 _TILE = 28
 
@@ -41,7 +41,7 @@ def mllama() -> Blueprint:
         beyond=("<|image|>",),
     )
     config = transformers.MllamaConfig(
-        image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
+        image_token_index=token_id(tokenizer, "<|image|>"),
         text_config={
             "hidden_size": 128,
             "intermediate_size": 256,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from fvlm_core.testing.blueprint import Blueprint
 from fvlm_core.testing.chat import chat_template, chatml
-from fvlm_core.testing.tokenizer import VOCAB_SIZE, tiny_tokenizer
+from fvlm_core.testing.tokenizer import VOCAB_SIZE, tiny_tokenizer, token_id
 
 _TEMPLATE = chat_template(
     chatml("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
@@ -36,8 +37,8 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     return tiny_tokenizer(special, eos="<|im_end|>", pad="<|endoftext|>", named=_TOKENS)
 
 
-def _ids(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, int]:
-    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in _TOKENS.items()}
+def _ids(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {f"{name}_id": token_id(tokenizer, token) for name, token in _TOKENS.items()}
 
 
 def _text(tokenizer: transformers.PreTrainedTokenizerFast, mrope_section: list[int], **extra: Any) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def _qwen2_processor(kind: type[transformers.ProcessorMixin], tokenizer: Any) ->
     return kind(
         image_processor=transformers.Qwen2VLImageProcessor(size=_pixels(14)),
         tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(size=_pixels(14)),
+        video_processor=Qwen2VLVideoProcessor(size=_pixels(14)),
         chat_template=_TEMPLATE,
     )
 

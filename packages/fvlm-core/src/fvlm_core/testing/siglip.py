@@ -70,9 +70,6 @@ def gemma3() -> Blueprint:
         image_token_index=tokenizer.image_token_id,
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     processor = transformers.Gemma3Processor(
         image_processor=transformers.Gemma3ImageProcessor(size=_SIZE),
@@ -107,9 +104,6 @@ def paligemma() -> Blueprint:
         hidden_size=128,
         vocab_size=vocab_size,
         image_token_index=tokenizer.image_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     return Blueprint(config, processor)
 

@@ -53,6 +53,11 @@ def _put_first(tokenizer: Tokenizer, bos: str) -> None:
     )
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Return the id of one of the tokenizer's tokens."""
+    return int(tokenizer.get_vocab()[token])
+
+
 def tiny_tokenizer(
     special: Sequence[str],
     *,

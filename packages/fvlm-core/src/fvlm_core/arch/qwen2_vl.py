@@ -1,0 +1,25 @@
+"""Qwen2-VL: a vision transformer with full attention, a merger of 2 × 2 patches at its end, a Qwen2 text model.
+
+In 16 bit stay the merger, which every image passes through and which is small, and the head, whose rounding goes
+straight into the loss (it is often tied to the embedding, which is not quantized either).
+"""
+
+from __future__ import annotations
+
+from fvlm_core.arch.facts import ArchFacts, MediaTokens
+
+FACTS = ArchFacts(
+    model_type="qwen2_vl",
+    vision=("model.visual",),
+    projector=("model.visual.merger",),
+    language=("model.language_model",),
+    attention=("attn.qkv", "attn.proj", "q_proj", "k_proj", "v_proj", "o_proj"),
+    mlp=("fc1", "fc2", "gate_proj", "up_proj", "down_proj"),
+    layers={"vision": ("model.visual.blocks",), "language": ("model.language_model.layers",)},
+    unquantized=("model.visual.merger", "lm_head"),
+    media=MediaTokens(
+        image=("image_token_id",),
+        video=("video_token_id",),
+        framing=("vision_start_token_id", "vision_end_token_id"),
+    ),
+)

@@ -1,0 +1,1 @@
+"""What ``fvlm quickstart`` does, as library code: handwriting, training, merging, checking."""

@@ -1,0 +1,192 @@
+"""The whole of ``fvlm quickstart``: load, read, train, read again, save, merge, check, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fvlm_cli.quickstart.folders import fresh_folder, shipped_checkpoint
+from fvlm_cli.quickstart.handwriting import writings
+from fvlm_cli.quickstart.merged import read_with_transformers
+from fvlm_cli.quickstart.reading import exact_match, transcribe
+from fvlm_cli.quickstart.training import BATCH, add_adapter, train
+from fvlm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fvlm_cli.quickstart.handwriting import Writing
+    from fvlm_cli.quickstart.training import Training
+
+STEPS = 300
+TEST_IMAGES = 256
+
+
+class Watcher(Protocol):
+    """Who is told how far a run is."""
+
+    def begin(self, task: str, total: int) -> None:
+        """A task of ``total`` units starts, and the one before it has ended."""
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """So many more units of the current task are done."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run may be told.
+
+    Attributes:
+        output: folder for everything that the run makes; an earlier run there is kept (see `fresh_folder`).
+        steps: optimizer steps.
+        seed: of the adapter's weights, the training strings and their order.
+        test_images: held-out images that accuracy is measured on.
+    """
+
+    output: Path
+    steps: int = STEPS
+    seed: int = 0
+    test_images: int = TEST_IMAGES
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"--steps {self.steps} trains nothing: give at least 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed} cannot be used: give a number from 0 to {2**32 - 1}.")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``summary.json`` holds: fractions from 0 to 1, times in seconds of wall clock."""
+
+    accuracy_before: float
+    accuracy_after: float
+    merged_agreement: float
+    train_seconds: float
+    total_seconds: float
+    device: str
+    output_dir: str
+    accuracy_merged: float
+    test_images: int
+    steps: int
+    batch_size: int
+    seed: int
+    parameters: int
+    trainable_parameters: int
+    final_loss: float
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What was read on the test images: by the model as shipped, after training, and after merging."""
+
+    truth: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    merged: tuple[str, ...]
+
+
+def run(settings: Settings, watcher: Watcher, *, checkpoint: Path | None = None) -> Summary:
+    """Fine-tune a tiny VLM on handwriting and write adapter, merged model, report and summary.
+
+    Args:
+        settings: see `Settings`.
+        watcher: told how far the run is.
+        checkpoint: another base than the shipped one.
+
+    Returns:
+        What ``summary.json`` in the output folder holds.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+        CheckpointError: the base checkpoint is missing or damaged.
+        ExportError: the merge failed.
+    """
+    begun = time.perf_counter()
+    base = shipped_checkpoint() if checkpoint is None else checkpoint
+    folder = fresh_folder(settings.output)
+    watcher.begin("Load the tiny VLM in 4 bit", 1)
+    model, processor = _load(base)
+    test = writings(settings.test_images, settings.seed, test=True)
+    lessons = writings(settings.steps * BATCH, settings.seed, test=False)
+    before = _read(model, processor, test, "Read handwriting before training", watcher)
+    model = add_adapter(model, settings.seed)
+    watcher.begin("Train", settings.steps)
+    training = train(
+        model,
+        processor,
+        lessons,
+        steps=settings.steps,
+        seed=settings.seed,
+        on_step=lambda loss: watcher.advance(note=f"loss {loss:.3f}"),
+    )
+    after = _read(model, processor, test, "Read it again after training", watcher)
+    merged = _save_and_reload(model, processor, folder, test, watcher)
+    readings = Readings(tuple(writing.text for writing in test), tuple(before), tuple(after), tuple(merged))
+    return _write_down(settings, folder, model, test, training, readings, begun, watcher)
+
+
+def _load(base: Path) -> tuple[Any, Any]:
+    from fvlm_vision import FastVisionModel
+
+    return FastVisionModel.from_pretrained(str(base), load_in_4bit=True, use_gradient_checkpointing=False)
+
+
+def _read(model: Any, processor: Any, test: list[Writing], task: str, watcher: Watcher) -> list[str]:
+    watcher.begin(task, len(test))
+    return transcribe(model, processor, [writing.image for writing in test], progress=watcher.advance)
+
+
+def _save_and_reload(model: Any, processor: Any, folder: Path, test: list[Writing], watcher: Watcher) -> list[str]:
+    watcher.begin("Save the adapter and the merged model", 2)
+    model.save_pretrained(folder / "adapter")
+    processor.save_pretrained(folder / "adapter")
+    watcher.advance()
+    model.save_pretrained_merged(folder / "merged", processor, save_method="merged_16bit")
+    watcher.begin("Read with the merged model in plain transformers", len(test))
+    images = [writing.image for writing in test]
+    return read_with_transformers(
+        folder / "merged", images, device=model.device, dtype=model.dtype, progress=watcher.advance
+    )
+
+
+def _write_down(
+    settings: Settings,
+    folder: Path,
+    model: Any,
+    test: list[Writing],
+    training: Training,
+    readings: Readings,
+    begun: float,
+    watcher: Watcher,
+) -> Summary:
+    import torch
+
+    from fvlm_cli.report import write_quickstart_report
+
+    watcher.begin("Write the report", 1)
+    on_gpu = model.device.type == "cuda"
+    summary = Summary(
+        accuracy_before=exact_match(readings.before, readings.truth),
+        accuracy_after=exact_match(readings.after, readings.truth),
+        merged_agreement=exact_match(readings.merged, readings.after),
+        train_seconds=round(training.seconds, 2),
+        total_seconds=round(time.perf_counter() - begun, 2),
+        device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
+        output_dir=str(folder),
+        accuracy_merged=exact_match(readings.merged, readings.truth),
+        test_images=len(test),
+        steps=settings.steps,
+        batch_size=BATCH,
+        seed=settings.seed,
+        parameters=model.get_base_model().num_parameters(),
+        trainable_parameters=model.num_parameters(only_trainable=True),
+        final_loss=training.losses[-1],
+    )
+    images = [writing.image for writing in test]
+    write_quickstart_report(folder / "report.html", asdict(summary), training.losses, images, readings)
+    # Last, so that a folder with a summary is a finished run.
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    watcher.advance()
+    return summary

@@ -1,3 +1,35 @@
-"""fvlm_export."""
+"""Merge, verify, save and push fine-tuned vision-language models.
+
+Importing this package changes nothing and loads neither torch nor transformers: names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fvlm_export.push import push_to_hub_merged
+    from fvlm_export.record import MergeReport, read_report
+    from fvlm_export.save import save_pretrained_merged
 
 __version__ = "0.1.0"
+
+__all__ = ["MergeReport", "push_to_hub_merged", "read_report", "save_pretrained_merged"]
+
+_HOME = {
+    "MergeReport": "record",
+    "push_to_hub_merged": "push",
+    "read_report": "record",
+    "save_pretrained_merged": "save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,153 @@
+"""What an adapter does to one parameter, as arithmetic on the whole tensor.
+
+A parameter's changes are applied in the order of the adapters, each to the result of those before it, in fp32 (fp64 when
+the result is being verified); the caller rounds once, at the end.
+
+* LoRA (https://arxiv.org/abs/2106.09685): ``W + s·B·A`` with ``s = alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA
+  (https://arxiv.org/abs/2312.03732).
+* DoRA (https://arxiv.org/abs/2402.09353): ``m / ||W₀ + s·B·A|| · (W + s·B·A)``, one norm per output, with W₀ the
+  parameter before any change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Protocol
+
+import torch
+
+
+class Change(Protocol):
+    """Something that an adapter does to one parameter."""
+
+    def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Return the changed ``value``, in its dtype and on its device; ``base`` is the parameter before any change."""
+
+
+class Form(Enum):
+    """How the product of the low-rank factors lies in the parameter.
+
+    With A of shape (r, in) and B of shape (out, r) unless said otherwise.
+    """
+
+    LINEAR = auto()  # (out, in): torch.nn.Linear
+    TRANSPOSED = auto()  # (in, out): transformers' Conv1D
+    EMBEDDING = auto()  # (rows, dim): A (r, rows), B (dim, r)
+    CONV = auto()  # (out, in, *kernel): A (r, in, *kernel), B (out, r, 1, …)
+    EXPERTS_IN_OUT = auto()  # (experts, in, out): A (experts·r, in), B (out, r·experts)
+    EXPERTS_OUT_IN = auto()  # (experts, out, in): the same factors
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Adds ``scaling·B·A`` and, for DoRA, rescales every output to its trained magnitude.
+
+    Attributes:
+        a: the factor next to the input; shape as :class:`Form` says, any floating dtype and device.
+        b: the factor next to the output.
+        scaling: what multiplies their product.
+        form: where the product goes.
+        magnitude: DoRA's norms, one per output (per column of an embedding); None: plain LoRA.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    form: Form
+    magnitude: torch.Tensor | None = None
+
+    def delta(self, like: torch.Tensor) -> torch.Tensor:
+        """Return ``scaling·B·A`` in the parameter's shape, dtype and device."""
+        a, b = self.a.detach().to(like), self.b.detach().to(like)
+        if self.form is Form.LINEAR:
+            product = b @ a
+        elif self.form is Form.TRANSPOSED or self.form is Form.EMBEDDING:
+            product = (b @ a).T
+        elif self.form is Form.CONV:
+            product = b.flatten(1) @ a.flatten(1)
+        else:
+            count = like.shape[0]
+            a = a.reshape(count, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, count)
+            order = "ore,eri->eio" if self.form is Form.EXPERTS_IN_OUT else "ore,eri->eoi"
+            product = torch.einsum(order, b, a)
+        return product.reshape(like.shape) * self.scaling
+
+    def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Return the changed value."""
+        delta = self.delta(base)
+        if self.magnitude is None:
+            return value + delta
+        by_column = self.form is Form.TRANSPOSED or self.form is Form.EMBEDDING
+        outputs = 1 if by_column else 0
+        others = [dim for dim in range(base.ndim) if dim != outputs]
+        norm = torch.linalg.vector_norm(base + delta, dim=others, keepdim=True)
+        magnitude = self.magnitude.detach().to(value).reshape(norm.shape)
+        return magnitude / norm * (value + delta)
+
+    def weighted(self, weight: float) -> LowRank:
+        """Return the change with its product multiplied by ``weight``."""
+        return replace(self, scaling=self.scaling * weight)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Puts a trained value in the parameter's place, whatever its shape was (``modules_to_save``, biases, embeddings)."""
+
+    tensor: torch.Tensor
+
+    def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Return the trained value."""
+        return self.tensor.detach().to(value)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Puts trained rows into an embedding (``trainable_token_indices``)."""
+
+    index: torch.Tensor
+    tensor: torch.Tensor
+
+    def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Return the value with the rows replaced."""
+        return value.index_copy(0, self.index.to(value.device), self.tensor.detach().to(value))
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Adds ``scaling·tensor`` (``lora_bias``)."""
+
+    tensor: torch.Tensor
+    scaling: float
+
+    def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Return the sum."""
+        return value + self.tensor.detach().to(value) * self.scaling
+
+
+def merge(base: torch.Tensor, changes: Sequence[Change], compute: torch.dtype) -> torch.Tensor:
+    """Apply the changes to a parameter, computing in ``compute``.
+
+    Args:
+        base: the parameter, any floating dtype.
+        changes: in the order of the adapters.
+        compute: float32 to merge, float64 to verify.
+
+    Returns:
+        The merged parameter in ``compute``, on the base's device.
+    """
+    first = base.to(compute)
+    value = first
+    for change in changes:
+        value = change.apply(value, first)
+    return value
+
+
+def result_shape(shape: tuple[int, ...], changes: Sequence[Change]) -> tuple[int, ...]:
+    """Return the parameter's shape after the changes: a replacement may have grown an embedding."""
+    for change in changes:
+        if isinstance(change, Replacement):
+            shape = tuple(change.tensor.shape)
+    return shape

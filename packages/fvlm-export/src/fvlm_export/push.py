@@ -1,0 +1,91 @@
+"""Pushing a result to the Hub: made here, proved here, then shown there in one commit."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fvlm_export.hub import HubRepo
+from fvlm_export.save import save_pretrained_merged
+
+
+def push_to_hub_merged(
+    model_or_adapter_dir: Any,
+    repo_id: str,
+    processor: Any = None,
+    *,
+    save_method: str = "merged_16bit",
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: str | int = "5GB",
+    base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    verify: bool = True,
+    progress: bool = True,
+    adapters: Mapping[str, float] | None = None,
+    trust_remote_code: bool = False,
+    working_dir: str | os.PathLike[str] | None = None,
+) -> str:
+    """Save a model as :func:`save_pretrained_merged` does, and push the result to the Hub.
+
+    Weights of an earlier push that would be loaded instead of the new ones are removed in the same commit, and so is an
+    adapter's config, which would be applied on top of merged weights.
+
+    Args:
+        model_or_adapter_dir: see :func:`save_pretrained_merged`, as for ``processor``, ``save_method``, ``max_shard_size``,
+            ``base``, ``dtype``, ``verify``, ``progress``, ``adapters`` and ``trust_remote_code``.
+        repo_id: ``user/name``; made if it does not exist.
+        processor: pushed along.
+        save_method: ``"merged_16bit"``, ``"merged_4bit"`` or ``"lora"``.
+        token: with write permission; None: the one of ``hf auth login``. It is never stored or shown.
+        private: whether a new repository is private; None: the account's default.
+        revision: the branch, made if it does not exist; None: the default branch.
+        commit_message: None: one that names the method.
+        create_pr: open a pull request instead of committing.
+        max_shard_size: of one file.
+        base: what to merge onto.
+        dtype: of all floating-point weights.
+        verify: prove the result before anything of it is committed.
+        progress: show progress bars.
+        adapters: which adapters, with their weights.
+        trust_remote_code: allow a base to bring its own model class, when merging from folders.
+        working_dir: where the result is built before it is sent; None: the system's temporary folder.
+
+    Returns:
+        The URL of the commit, or of the pull request.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+        CheckpointError: the adapter or the base is missing, torn, or they do not fit each other.
+        ExportError: the result could not be made, or the Hub refused it; nothing was committed.
+    """
+    repo = HubRepo(repo_id, token=token, revision=revision, create_pr=create_pr)
+    repo.open(private)
+    parent = None if working_dir is None else Path(working_dir).expanduser()
+    with tempfile.TemporaryDirectory(prefix="fvlm-push-", dir=parent) as staging:
+        folder = save_pretrained_merged(
+            model_or_adapter_dir,
+            Path(staging) / repo.repo_id.rsplit("/", 1)[-1],
+            processor,
+            save_method=save_method,
+            max_shard_size=max_shard_size,
+            base=base,
+            dtype=dtype,
+            verify=verify,
+            progress=progress,
+            adapters=adapters,
+            token=token,
+            trust_remote_code=trust_remote_code,
+        )
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            repo.add(path, path.relative_to(folder).as_posix())
+        message = commit_message or f"Upload model with fvlm-export ({save_method})"
+        return repo.commit(message, adapter=save_method == "lora")

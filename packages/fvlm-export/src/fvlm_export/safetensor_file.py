@@ -1,0 +1,219 @@
+"""One safetensors file: read by memory map, tensor by tensor; written tensor by tensor, in a known order.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little-endian; the header, a
+JSON object ``{name: {"dtype", "shape", "data_offsets"}}``; then the tensors' bytes. Writing needs no tensor in memory but
+the one being written, because every name, dtype and shape is known before the first byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+
+from fvlm_core.errors import CheckpointError, ExportError
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's name, dtype and shape, before its values are known."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a CPU tensor's bytes without copying them, unless it is not contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class SafetensorFile:
+    """A safetensors file under a memory map.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or its header is not one of a safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size, header, self._start = _read_header(path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.infos: dict[str, TensorInfo] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        for name, entry in header.items():
+            self._add(name, entry, size)
+        with path.open("rb") as file:
+            # A private map: torch wants a writable buffer, and nothing ever reaches the file.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def _add(self, name: str, entry: dict[str, object], size: int) -> None:
+        try:
+            begin, end = (int(x) for x in entry["data_offsets"])  # type: ignore[attr-defined]
+            shape = tuple(int(n) for n in entry["shape"])  # type: ignore[attr-defined]
+            info = TensorInfo(name, _DTYPES[str(entry["dtype"])], shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} describes tensor {name!r} in a way that cannot be read ({entry!r}); get the file again."
+            ) from error
+        if end - begin != info.nbytes or self._start + end > size:
+            raise CheckpointError(
+                f"{self.path} is truncated: tensor {name!r} ends at byte {self._start + end:,} of {size:,}; "
+                "get the file again."
+            )
+        self.infos[name] = info
+        self._spans[name] = (self._start + begin, self._start + end)
+
+    def raw(self, name: str) -> memoryview:
+        """Return a tensor's bytes as they lie in the file; nothing is read until they are touched."""
+        begin, end = self._spans[name]
+        return memoryview(self._map)[begin:end]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor over the map, on the CPU; do not write to it."""
+        info, (begin, end) = self.infos[name], self._spans[name]
+        if begin == end:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if begin % info.dtype.itemsize:
+            return torch.frombuffer(bytearray(self.raw(name)), dtype=info.dtype).reshape(info.shape)
+        count = (end - begin) // info.dtype.itemsize
+        return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=begin).reshape(info.shape)
+
+    def release(self, name: str) -> None:
+        """Give the pages that hold only this tensor back to the system (they are read again if touched again)."""
+        begin, end = self._spans[name]
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, dict[str, object]], int]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{path} is truncated or no safetensors file; get the file again.")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} has no readable safetensors header; get the file again.") from error
+    return size, header, 8 + length
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A finished file: its name in the folder, its size and the SHA-256 of its bytes."""
+
+    name: str
+    size: int
+    sha256: str
+    tensors: tuple[str, ...] = field(default=(), compare=False)
+
+
+class SafetensorWriter:
+    """Writes one safetensors file, tensor by tensor in the order given, hashing as it goes.
+
+    Args:
+        path: where; must not exist.
+        infos: every tensor, in the order in which they will be written.
+
+    Raises:
+        ExportError: a tensor comes out of order or with another size, or the disk is full or read-only.
+    """
+
+    def __init__(self, path: Path, infos: Iterable[TensorInfo]) -> None:
+        self.path = path
+        self._infos = list(infos)
+        self._pending: Iterator[TensorInfo] = iter(self._infos)
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO = path.open("xb", buffering=0)
+        self._put(_header(self._infos))
+
+    def __enter__(self) -> SafetensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Append one tensor's bytes."""
+        info = next(self._pending, None)
+        if info is None or info.name != name or info.nbytes != data.nbytes:
+            raise ExportError(
+                f"tensor {name!r} came to {self.path.name} with {data.nbytes:,} bytes where {info} was planned; "
+                "this is an error in fvlm_export, please report it."
+            )
+        self._put(data)
+
+    def _put(self, data: memoryview | bytes) -> None:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done : done + (1 << 30)]) or 0
+        self._hash.update(view)
+
+    def finish(self) -> WrittenFile:
+        """Close the file and say what it holds."""
+        left = next(self._pending, None)
+        if left is not None:
+            raise ExportError(f"{self.path.name} lacks tensor {left.name!r}; this is an error in fvlm_export.")
+        size = self._file.tell()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return WrittenFile(self.path.name, size, self._hash.hexdigest(), tuple(info.name for info in self._infos))
+
+
+def _header(infos: list[TensorInfo]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for info in infos:
+        if info.dtype not in _NAMES:
+            raise ExportError(
+                f"tensor {info.name!r} has dtype {info.dtype}, which safetensors cannot hold; pass dtype=."
+            )
+        entries[info.name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,39 @@
+"""Writing the planned shards, one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from fvlm_export.compute import Merger
+from fvlm_export.plan import Plan
+from fvlm_export.safetensor_file import SafetensorWriter, WrittenFile, as_bytes
+
+
+def write_shards(plan: Plan, merger: Merger, folder: Path, *, progress: bool) -> list[WrittenFile]:
+    """Compute and write every shard of a plan.
+
+    Args:
+        plan: what to write.
+        merger: computes the values.
+        folder: where; it must not hold the shards yet.
+        progress: show a bar in bytes.
+
+    Returns:
+        The files, in order, with their hashes.
+    """
+    files = []
+    with tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
+        for number, shard in enumerate(plan.shards):
+            infos = [info for item in shard for info in item.outputs]
+            with SafetensorWriter(folder / plan.file_name(number), infos) as writer:
+                for item in shard:
+                    values = merger.outputs(item)
+                    for info in item.outputs:
+                        writer.write(info.name, as_bytes(values[info.name]))
+                    del values
+                    merger.release(item)
+                    bar.update(item.nbytes)
+                files.append(writer.finish())
+    return files

@@ -1,0 +1,280 @@
+"""`FastVisionDataCollator`: samples → the batch that a vision-language model is trained on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.arguments import check_processor, positive
+from fvlm_vision.encoding import Encoder
+from fvlm_vision.labels import make_labels, response_marks
+from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
+from fvlm_vision.media_tokens import media_text_pattern, media_token_ids
+from fvlm_vision.render import Rendered, Renderer, ResponseMarks
+from fvlm_vision.resize import patch_grid, resize_policy
+from fvlm_vision.rows import NumberedSample
+from fvlm_vision.samples import Conversation, FormattingFunc, read_sample
+from fvlm_vision.truncation import OVERFLOWS, Overflow, OverflowCounts, cut_rows, kept_length
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from fvlm_vision.encoding import Encoded
+    from fvlm_vision.fetch import FetchLimits
+    from fvlm_vision.resize import Resize
+
+
+class FastVisionDataCollator:
+    """Makes batches of image conversations with the family's own processor and chat template.
+
+    Pixels and token ids are those of a direct call of the processor. The collator keeps no reference to the model and
+    can be pickled, so dataloader workers can hold it.
+
+    Args:
+        model: the model that is trained; its config and `max_seq_length` are read.
+        processor: its processor (image processor, tokenizer, chat template).
+        max_seq_length: the most tokens a sample may have, media included; None takes the model's `max_seq_length`,
+            and means no limit where it has none.
+        train_on_responses_only: learn only what the assistant says.
+        instruction_part, response_part: the text that opens a user and an assistant turn, e.g.
+            ``"<|im_start|>user\\n"`` and ``"<|im_start|>assistant\\n"``; None uses the chat template's ``{%
+            generation %}`` marks.
+        formatting_func: turns a row of the dataset into one of the accepted sample shapes.
+        resize: None or "max" leaves every resolution as it is; an int bounds the longer side; (width, height) is
+            exact; "min" bounds the longer side by the model's own image size. In pixels.
+        ignore_index: the label of what is not learned.
+        pad_to_multiple_of: pad the batch to a multiple of this many tokens.
+        overflow: what happens to a sample over `max_seq_length`: "truncate" cuts trailing text and leaves the sample
+            out when its media do not fit, "skip" leaves it out, "error" raises.
+        min_pixels, max_pixels: bounds on an image's width × height; None leaves it.
+        max_image_pixels: images with more pixels are refused undecoded.
+        allow_urls: whether HTTP(S) images are fetched.
+        url_limits: size and time limits of a fetch.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+
+    Example:
+        >>> collator = FastVisionDataCollator(model, processor)  # doctest: +SKIP
+        >>> question = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Read it."}]
+        >>> turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "42"}]
+        >>> batch = collator([{"messages": turns}])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        max_seq_length: int | None = None,
+        train_on_responses_only: bool = False,
+        instruction_part: str | None = None,
+        response_part: str | None = None,
+        formatting_func: FormattingFunc | None = None,
+        resize: Resize | None = None,
+        ignore_index: int = -100,
+        pad_to_multiple_of: int | None = None,
+        overflow: Overflow = "truncate",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        allow_urls: bool = False,
+        url_limits: FetchLimits | None = None,
+    ) -> None:
+        check_processor(processor)
+        if overflow not in OVERFLOWS:
+            raise ConfigError(f"overflow={overflow!r} is none of {', '.join(OVERFLOWS)}.")
+        if formatting_func is not None and not callable(formatting_func):
+            raise ConfigError(f"formatting_func={formatting_func!r} cannot be called; pass a function of one sample.")
+        marks = response_marks(instruction_part, response_part)
+        if marks is not None and not train_on_responses_only:
+            raise ConfigError("instruction_part and response_part do nothing without train_on_responses_only=True.")
+        self.processor: Any = processor  # Any: what each family declares is not in the base class
+        self.max_seq_length = positive("max_seq_length", max_seq_length) or getattr(model, "max_seq_length", None)
+        self.formatting_func = formatting_func
+        self.ignore_index = ignore_index
+        self.pad_to_multiple_of = positive("pad_to_multiple_of", pad_to_multiple_of)
+        self.overflow = overflow
+        self.overflow_counts = OverflowCounts()
+        self.media_ids = media_token_ids(model.config, processor)
+        self.keeps_empty_batches = False  # set by FastVisionTrainer, which can go on after a batch of skipped samples
+        self._reader = ImageReader(
+            positive("max_image_pixels", max_image_pixels) or MAX_IMAGE_PIXELS, allow_urls, url_limits
+        )
+        vision = model.config.to_dict().get("vision_config") or {}
+        self._resize = resize_policy(
+            resize,
+            min_pixels,
+            max_pixels,
+            grid=patch_grid(processor.image_processor),
+            image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
+        )
+        self._renderer = Renderer(processor, train_on_responses_only, marks)
+        self._encoder = Encoder(processor, self.pad_to_multiple_of)
+        self._media_text = media_text_pattern(processor, self.media_ids)
+        # A processor that returns labels of its own tells by token types which tokens see what follows them
+        # (PaliGemma's prefix): what is learned must not.
+        self._has_prefix = {"token_type_ids", "labels"} <= set(processor.model_input_names)
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Return the batch: the processor's tensors and `labels`.
+
+        Args:
+            samples: in the shapes that `fvlm_vision.samples` names.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, shape (batch, tokens), int64, padded on the right; with images
+            also the family's pixel tensors. Samples that `overflow` leaves out are missing, so the batch may be
+            smaller.
+
+        Raises:
+            DataError: a sample cannot be used; it names the row where the sample carries it (`NumberedSample`).
+        """
+        if not samples:
+            raise DataError("a batch holds no samples.")
+        items = [self._item(sample, place) for place, sample in enumerate(samples)]
+        return self._batch(items)
+
+    def render(self, sample: Any) -> Rendered:
+        """Return the text of a sample and the character spans that are trained, without opening its images.
+
+        Raises:
+            DataError: the sample cannot be used, or nothing of it would be trained.
+        """
+        return self._read(sample)[1]
+
+    def on_responses_only(self, marks: ResponseMarks | None) -> FastVisionDataCollator:
+        """Return a copy of this collator that learns only what the assistant says."""
+        other = copy.copy(self)
+        other._renderer = Renderer(self.processor, True, marks)
+        return other
+
+    def keeping_empty_batches(self) -> FastVisionDataCollator:
+        """Return a copy that gives a batch with nothing to learn, and no error, when every sample is left out."""
+        other = copy.copy(self)
+        other.keeps_empty_batches = True
+        return other
+
+    def _item(self, sample: Any, place: int) -> _Item:
+        row = sample.row if isinstance(sample, NumberedSample) else None
+        where = f"row {row}" if row is not None else f"sample {place} of the batch"
+        try:
+            conversation, rendered = self._read(sample)
+            images = [self._resize.apply(self._reader.read(source)) for source in conversation.images]
+        except DataError as error:
+            raise _placed(error, row, where) from error
+        return _Item(rendered, images, row, where)
+
+    def _read(self, sample: Any) -> tuple[Conversation, Rendered]:
+        conversation = read_sample(sample, self.formatting_func)
+        if self._media_text is not None:
+            for text in conversation.texts():
+                found = self._media_text.search(text)
+                if found:
+                    raise DataError(
+                        f"a text holds {found.group()!r}, which stands for an image; remove it, or put "
+                        '{"type": "image"} where the image belongs.'
+                    )
+        rendered = self._renderer.render(conversation)
+        placeholders = rendered.text.count(self.processor.image_token)
+        if placeholders != len(conversation.images):
+            raise DataError(
+                f"the chat template writes {placeholders} image placeholders for {len(conversation.images)} images; "
+                "give its messages the content that it reads."
+            )
+        return conversation, rendered
+
+    def _batch(self, items: list[_Item]) -> dict[str, torch.Tensor]:
+        encoded = self._encode(items)
+        ids, mask = encoded.batch["input_ids"], encoded.batch["attention_mask"]
+        labels = make_labels(ids, mask, self.media_ids, encoded.trained, self.ignore_index)
+        kept = self._lengths(items, ids, mask, labels)
+        if None in kept:
+            items = [item for item, length in zip(items, kept, strict=True) if length is not None]
+            return self._batch(items) if items else self._empty_batch()
+        batch = {**encoded.batch, "labels": labels}
+        lengths = [length for length in kept if length is not None]
+        if lengths != mask.sum(dim=1).tolist():
+            columns = (*encoded.per_token, "labels")
+            fill = {
+                "input_ids": self.processor.tokenizer.pad_token_id,
+                "attention_mask": 0,
+                "labels": self.ignore_index,
+            }
+            cut_rows(batch, lengths, fill, columns, self.pad_to_multiple_of or 1)
+            for item, length, before in zip(items, lengths, mask.sum(dim=1).tolist(), strict=True):
+                if length < before:
+                    self.overflow_counts.note_truncated(item.where, length)
+        if self._has_prefix:
+            learned = batch["labels"] != self.ignore_index
+            batch["token_type_ids"] = (learned.cumsum(dim=1) > 0).to(batch["token_type_ids"].dtype)
+        return batch
+
+    def _encode(self, items: list[_Item]) -> Encoded:
+        try:
+            return self._encoder.encode([item.rendered for item in items], [item.images for item in items])
+        except DataError as error:
+            for item in items:  # which of them was it?
+                try:
+                    self._encoder.encode([item.rendered], [item.images])
+                except DataError as own:
+                    raise _placed(own, item.row, item.where) from own.__cause__
+            raise error
+
+    def _lengths(
+        self, items: list[_Item], ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+    ) -> list[int | None]:
+        media = torch.isin(ids, torch.tensor(sorted(self.media_ids), dtype=ids.dtype))
+        lengths: list[int | None] = []
+        for number, item in enumerate(items):
+            # The first token is predicted from nothing: a sample that learns it alone learns nothing.
+            learned = labels[number] != self.ignore_index
+            learned[0] = False
+            length = int(mask[number].sum())
+            try:
+                if not bool(learned.any()):
+                    raise DataError("a sample holds no token to learn; give its assistant turns text, or drop it.")
+                kept = kept_length(length, media[number], learned, self.max_seq_length, self.overflow)
+            except DataError as error:
+                raise _placed(error, item.row, item.where) from error
+            if kept is None:
+                self.overflow_counts.note_skipped(item.where, int(self.max_seq_length or 0))
+            lengths.append(kept)
+        return lengths
+
+    def _empty_batch(self) -> dict[str, torch.Tensor]:
+        if not self.keeps_empty_batches:
+            raise DataError(
+                f"every sample of a batch is over max_seq_length={self.max_seq_length} and left out; raise "
+                "max_seq_length, or "
+                "shrink the images with resize or max_pixels."
+            )
+        token = self.processor.tokenizer.pad_token_id
+        ids = torch.full((1, 2), token, dtype=torch.int64)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        types = {"token_type_ids", "mm_token_type_ids"} & set(self.processor.model_input_names)
+        batch |= {name: torch.zeros_like(ids) for name in types}
+        return {**batch, "labels": torch.full_like(ids, self.ignore_index)}
+
+
+@dataclass
+class _Item:
+    """One sample on its way into a batch."""
+
+    rendered: Rendered
+    images: list[Image.Image]
+    row: int | None
+    where: str
+
+
+def _placed(error: DataError, row: int | None, where: str) -> DataError:
+    """Return the error with the row number, or with the place in the batch for a sample that carries none."""
+    if error.row is not None:
+        return error
+    return error.at(row) if row is not None else DataError(f"{where}: {error.reason}")

@@ -1,0 +1,150 @@
+"""Calls the family's own processor on a batch and says which token came from which piece of text."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.spans import Span, move, tokens_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+    from transformers import ProcessorMixin
+
+    from fvlm_vision.render import Rendered
+
+    Images = Sequence[Sequence[Image.Image]]
+
+_REFUSALS = (ValueError, RuntimeError, ZeroDivisionError)  # what processors raise for pixels or text they cannot take
+_NOT_FOR_THE_MODEL = ("offset_mapping", "text_replacement_offsets", "labels")
+
+
+@dataclass
+class Encoded:
+    """A batch as the processor gave it.
+
+    Args:
+        batch: its tensors; text is padded on the right.
+        trained: shape (batch, tokens), bool: which tokens lie in the trained spans; None for all of them.
+        per_token: the names of the tensors whose first two dimensions are (batch, tokens).
+    """
+
+    batch: dict[str, torch.Tensor]
+    trained: torch.Tensor | None
+    per_token: tuple[str, ...]
+
+
+class Encoder:
+    """Calls a processor once per batch, with what a user would pass to it.
+
+    Args:
+        processor: the family's processor.
+        pad_to_multiple_of: as in the tokenizer's call.
+    """
+
+    def __init__(self, processor: ProcessorMixin, pad_to_multiple_of: int | None = None) -> None:
+        self.processor = processor
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._media_names = {
+            name
+            for part in ("image_processor", "video_processor")
+            if part in processor.get_attributes()
+            for name in getattr(processor, part).model_input_names
+        }
+
+    def encode(self, texts: Sequence[Rendered], images: Images) -> Encoded:
+        """Return the batch.
+
+        Args:
+            texts: one for each sample.
+            images: RGB images of each sample, in the order of its placeholders.
+
+        Raises:
+            DataError: the processor refuses the batch.
+            ConfigError: spans are needed and the processor or tokenizer does not tell where its tokens come from.
+        """
+        with_spans = any(text.trained is not None for text in texts)
+        if with_spans and not self.processor.tokenizer.is_fast:
+            raise ConfigError(
+                f"{type(self.processor.tokenizer).__name__} does not tell where tokens come from, so part of a sample "
+                "cannot be trained alone; use the fast tokenizer."
+            )
+        output = self._process([text.text for text in texts], images, with_spans)
+        batch = {name: _tensor(value) for name, value in output.items() if name not in _NOT_FOR_THE_MODEL}
+        trained = None
+        if with_spans:
+            offsets = _tensor(output["offset_mapping"])
+            pieces = output.get("text_replacement_offsets") or [[] for _ in texts]
+            rows = zip(texts, offsets, pieces, strict=True)
+            trained = torch.stack([_trained_tokens(text, row, replaced) for text, row, replaced in rows])
+        shape = batch["input_ids"].shape
+        per_token = tuple(n for n, t in batch.items() if t.shape[:2] == shape and n not in self._media_names)
+        return Encoded(batch, trained, per_token)
+
+    def _process(self, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any]:
+        try:
+            return self._call(self.processor, texts, images, with_spans)
+        except _REFUSALS as error:
+            if any(images) and not all(images):  # some families' checks refuse text-only samples beside others
+                mixed = self._process_mixed(texts, images, with_spans)
+                if mixed is not None:
+                    return mixed
+            raise DataError(f"the processor refuses a sample ({' '.join(str(error).split())}).") from error
+
+    def _process_mixed(self, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any] | None:
+        """Process a mixed batch without the family's own check of it, samples with images first; None where that fails.
+
+        What the check is for, one image for each placeholder, the collator has checked already.
+        """
+        processor = copy.copy(self.processor)  # the check is switched off on this copy alone
+        vars(processor)["validate_inputs"] = lambda *_, **__: None
+        order = sorted(range(len(texts)), key=lambda row: not images[row])
+        try:
+            output = self._call(processor, [texts[i] for i in order], [images[i] for i in order], with_spans)
+        except _REFUSALS:
+            return None
+        back = [order.index(row) for row in range(len(texts))]
+        tensors = {name: value if isinstance(value, list) else _tensor(value) for name, value in output.items()}
+        if any(len(value) != len(texts) for value in tensors.values()):
+            return None  # not one row for each sample: the order could not be restored
+        return {n: [v[i] for i in back] if isinstance(v, list) else v[back] for n, v in tensors.items()}
+
+    def _call(self, processor: ProcessorMixin, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any]:
+        text_kwargs: dict[str, Any] = {"padding": True, "padding_side": "right"}
+        if self.pad_to_multiple_of is not None:
+            text_kwargs["pad_to_multiple_of"] = self.pad_to_multiple_of
+        bos = processor.tokenizer.bos_token
+        if bos is not None and texts[0].startswith(bos):  # the template wrote it, as `apply_chat_template` also asks
+            text_kwargs["add_special_tokens"] = False
+        if with_spans:
+            text_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        # Text comes as lists: not every processor can make tensors while it also returns the replacements.
+        arguments: dict[str, Any] = {"text": list(texts), "text_kwargs": text_kwargs}
+        if any(images):
+            arguments |= {"images": [list(row) for row in images], "images_kwargs": {"return_tensors": "pt"}}
+        return dict(processor(**arguments))
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
+
+
+def _trained_tokens(text: Rendered, offsets: torch.Tensor, replacements: list[dict[str, Any]]) -> torch.Tensor:
+    if text.trained is None:
+        return torch.ones(len(offsets), dtype=torch.bool)
+    pieces: list[tuple[Span, Span]] = [(tuple(piece["span"]), tuple(piece["new_span"])) for piece in replacements]
+    ((length, _),) = move([(len(text.text), len(text.text))], pieces)
+    if int(offsets.max()) > length:
+        raise ConfigError(
+            "this processor does not tell where it put its media, so part of a sample cannot be trained alone; train "
+            "on "
+            "whole conversations."
+        )
+    return tokens_in(move(text.trained, pieces), offsets)

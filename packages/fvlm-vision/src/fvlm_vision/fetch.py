@@ -1,0 +1,104 @@
+"""Fetches an image over HTTP(S), once the user has allowed it, within a size and a time limit."""
+
+from __future__ import annotations
+
+import http.client
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from http.client import HTTPMessage
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from fvlm_core.errors import DataError
+
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """How much one fetch may take.
+
+    Args:
+        max_bytes: size of the encoded image, in bytes.
+        seconds: time of the whole fetch, redirects and download included.
+    """
+
+    max_bytes: int = 20_000_000
+    seconds: float = 10.0
+
+
+class _WebRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to HTTP(S) only: urllib's own handler would also go to FTP."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        if urlsplit(newurl).scheme not in ("http", "https"):
+            raise DataError(f"the image address {req.full_url!r} redirects to {newurl!r}, which is not HTTP(S).")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Return an opener that knows HTTP and HTTPS and nothing else: no file, ftp or data handler."""
+    opener = urllib.request.OpenerDirector()
+    handlers: list[Any] = [
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        _WebRedirects(),
+    ]
+    for handler in handlers:
+        opener.add_handler(handler)
+    return opener
+
+
+def fetch(url: str, limits: FetchLimits) -> bytes:
+    """Return the body of `url`.
+
+    Args:
+        url: an http or https address.
+        limits: the size and time that the fetch may take.
+
+    Returns:
+        The undecoded body, at most `limits.max_bytes` bytes.
+
+    Raises:
+        DataError: the scheme is another, the server cannot be reached or refuses, or a limit is passed.
+    """
+    if urlsplit(url).scheme.lower() not in ("http", "https"):
+        raise DataError(f"the image address {url!r} is not HTTP(S).")
+    deadline = time.monotonic() + limits.seconds
+    try:
+        with _opener().open(url, timeout=limits.seconds) as response:
+            return _read(response, url, limits, deadline)
+    except urllib.error.HTTPError as error:
+        raise DataError(f"the image address {url!r} answered {error.code}; correct it or drop the sample.") from error
+    except TimeoutError as error:
+        raise _too_slow(url, limits) from error
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        if isinstance(error, urllib.error.URLError) and isinstance(error.reason, TimeoutError):
+            raise _too_slow(url, limits) from error
+        raise DataError(f"the image address {url!r} cannot be fetched ({error}).") from error
+
+
+def _read(response: Any, url: str, limits: FetchLimits, deadline: float) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while part := response.read1(_CHUNK):  # read1 returns what has come: a slow drip cannot hold the deadline up
+        parts.append(part)
+        size += len(part)
+        if size > limits.max_bytes:
+            raise DataError(f"the image at {url!r} is larger than {limits.max_bytes} bytes; download it first.")
+        if time.monotonic() > deadline:
+            raise _too_slow(url, limits)
+    return b"".join(parts)
+
+
+def _too_slow(url: str, limits: FetchLimits) -> DataError:
+    return DataError(f"the image at {url!r} took longer than {limits.seconds:g} s; download it first.")

@@ -5,7 +5,8 @@ image, or per window, unless its registered name says that it takes cumulative l
 `flash` in it that way. `varlen_attention_forward` is registered under such a name (transformers' own attention
 interface; no class is changed) and computes what stock SDPA does image by image:
 
-* images of one size (`count · longest == total`, known without asking the device) run as one batched SDPA call on views;
+* images of one size (`count · longest == total`, known without asking the device) run as one batched SDPA
+  call on views;
 * images of different sizes on a GPU in half precision go to `torch.nn.attention.varlen`;
 * anything else is split and looped over, as stock does.
 """
@@ -15,8 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
@@ -65,20 +66,23 @@ def varlen_attention_forward(
         )
     total = query.shape[2]
     count = cu_seq_lens_q.numel() - 1
-    options = {"dropout_p": dropout, "is_causal": is_causal, "scale": scaling}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
+
     if count * max_length_q == total:
 
         def batched(packed: Tensor) -> Tensor:
-            return packed[0].unflatten(1, (count, max_length_q)).transpose(0, 1)
+            by_segment: Tensor = packed[0].unflatten(1, (count, max_length_q))
+            return by_segment.transpose(0, 1)
 
-        out = F.scaled_dot_product_attention(batched(query), batched(key), batched(value), **options)
+        out = attend(batched(query), batched(key), batched(value))
         return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         return _torch_varlen(query, key, value, cu_seq_lens_q, max_length_q, is_causal, scaling), None
     lengths = cu_seq_lens_q.diff().tolist()
     pieces = zip(*(packed.split(lengths, dim=2) for packed in (query, key, value)), strict=True)
-    out = torch.cat([F.scaled_dot_product_attention(q, k, v, **options) for q, k, v in pieces], dim=2)
-    return out.transpose(1, 2), None
+    return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=2).transpose(1, 2), None
 
 
 def _torch_varlen(

@@ -104,9 +104,9 @@ def multimodal_positions(
 ) -> Tensor:
     """Return the three-axis rotary positions of text mixed with media.
 
-    Text advances all three axes together; a medium of `t × h × w` merged tokens holds the temporal axis at its frame and
-    spreads the other two over its rows and columns, and the text after it goes on at the largest position + 1. Matches
-    `Qwen2VLModel.get_rope_index`; padding gets position 0.
+    Text advances all three axes together; a medium of `t × h × w` merged tokens holds the temporal axis at its frame
+    and spreads the other two over its rows and columns, and the text after it goes on at the largest position + 1.
+    Matches `Qwen2VLModel.get_rope_index`; padding gets position 0.
 
     Args:
         token_types: `(rows, tokens)`: 0 text, 1 image placeholder, 2 video placeholder.

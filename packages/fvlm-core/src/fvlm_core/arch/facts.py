@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fvlm_core.batch_plan import QwenPlanner
 
 Tower = Literal["vision", "projector", "language", "audio", "head"]
 Part = Literal["attention", "mlp", "other"]
@@ -48,6 +53,10 @@ class ArchFacts:
         layers: tower → its lists of blocks, in the order in which they run.
         unquantized: what 4- and 8-bit loading leaves in 16 bit.
         media: where the ids of the placeholder tokens are found.
+        packs_images: the vision attention gets the patches of all images in one row and their cumulative lengths, so
+            that `fvlm_core.attention` can serve it without a loop over images.
+        planner: makes what precomputes a batch's positions and boundaries for a model of this family
+            (`fvlm_core.batch_plan`), or None for a family that derives nothing from its images' sizes.
         generic: derived from the module tree, not written by hand.
     """
 
@@ -63,6 +72,8 @@ class ArchFacts:
     layers: Mapping[Tower, tuple[str, ...]]
     unquantized: tuple[str, ...]
     media: MediaTokens = field(default_factory=MediaTokens)
+    packs_images: bool = False
+    planner: Callable[[PreTrainedModel], QwenPlanner] | None = None
     generic: bool = False
 
     def towers(self) -> dict[Tower, tuple[str, ...]]:

@@ -5,7 +5,27 @@ In 16 bit stay the merger and the head, for the reasons given in qwen2_vl.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fvlm_core.arch.facts import ArchFacts, MediaTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fvlm_core.batch_plan import QwenPlanner
+
+
+def _planner(model: PreTrainedModel) -> QwenPlanner:
+    from fvlm_core.batch_plan import QwenPlanner  # needs torch, which reading facts does not
+
+    vision = model.config.vision_config
+    return QwenPlanner(
+        merge_size=vision.spatial_merge_size,
+        patch_size=vision.patch_size,
+        timed_videos=True,
+        window_size=vision.window_size,
+    )
+
 
 FACTS = ArchFacts(
     model_type="qwen2_5_vl",
@@ -21,4 +41,6 @@ FACTS = ArchFacts(
         video=("video_token_id",),
         framing=("vision_start_token_id", "vision_end_token_id"),
     ),
+    packs_images=True,
+    planner=_planner,
 )

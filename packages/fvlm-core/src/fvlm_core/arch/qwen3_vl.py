@@ -5,7 +5,29 @@ In 16 bit stay all mergers and the head, for the reasons given in qwen2_vl.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from fvlm_core.arch.facts import ArchFacts, MediaTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fvlm_core.batch_plan import QwenPlanner
+
+
+def _planner(model: PreTrainedModel) -> QwenPlanner:
+    from fvlm_core.batch_plan import QwenPlanner  # needs torch, which reading facts does not
+
+    vision = model.config.vision_config
+    tower: Any = model.get_submodule("model.visual")
+    return QwenPlanner(
+        merge_size=vision.spatial_merge_size,
+        patch_size=vision.patch_size,
+        timed_videos=True,
+        grid_per_side=tower.num_grid_per_side,
+        interpolation=(tower.interpolation_mode, tower.interpolation_align_corners),
+    )
+
 
 FACTS = ArchFacts(
     model_type="qwen3_vl",
@@ -21,4 +43,6 @@ FACTS = ArchFacts(
         video=("video_token_id",),
         framing=("vision_start_token_id", "vision_end_token_id"),
     ),
+    packs_images=True,
+    planner=_planner,
 )

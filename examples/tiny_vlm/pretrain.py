@@ -44,17 +44,39 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+class Planned:
+    """A collator whose batches carry positions and image boundaries, so that the model need not ask the GPU for them.
+
+    Args:
+        collator: samples → batch.
+        planner: batch → what to add to it (`fvlm_core.batch_plan`).
+    """
+
+    def __init__(self, collator: Any, planner: Any) -> None:
+        self.collator, self.planner = collator, planner
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        """Return the batch of ``samples``."""
+        batch = dict(self.collator(samples))
+        return batch | self.planner(batch)
+
+
 def train(base: Path, options: argparse.Namespace, logs: Path) -> tuple[Any, Any, list[dict[str, Any]]]:
     """Train every weight of the checkpoint in ``base``; return the model, its processor and the log."""
     import torch
     from curriculum import PrintedText
     from trl import SFTConfig
 
+    from fvlm_core.attention import use_varlen_attention
+    from fvlm_core.batch_plan import QwenPlanner
     from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
     model, processor = FastVisionModel.from_pretrained(
         str(base), full_finetuning=True, dtype=torch.float32, use_gradient_checkpointing=False
     )
+    use_varlen_attention(model.model.visual)
+    vision = model.config.vision_config
+    planner = QwenPlanner(merge_size=vision.spatial_merge_size, patch_size=vision.patch_size, timed_videos=False)
     FastVisionModel.for_training(model)
     gpu = torch.cuda.is_available()
     config = SFTConfig(
@@ -69,7 +91,7 @@ def train(base: Path, options: argparse.Namespace, logs: Path) -> tuple[Any, Any
         adam_beta2=0.98,
         max_grad_norm=1.0,
         optim="adamw_torch_fused" if gpu else "adamw_torch",
-        bf16=gpu,
+        bf16=False,  # fp32 weights, as loaded; a GPU multiplies them in TF32
         tf32=True if gpu else None,
         gradient_checkpointing=False,
         dataloader_num_workers=options.workers,
@@ -85,7 +107,7 @@ def train(base: Path, options: argparse.Namespace, logs: Path) -> tuple[Any, Any
     trainer = FastVisionTrainer(
         model=model,
         processing_class=processor,
-        data_collator=FastVisionDataCollator(model, processor, train_on_responses_only=True),
+        data_collator=Planned(FastVisionDataCollator(model, processor, train_on_responses_only=True), planner),
         train_dataset=PrintedText(options.steps * options.batch, options.seed, options.growth),
         args=config,
     )

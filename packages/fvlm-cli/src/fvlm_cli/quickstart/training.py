@@ -63,6 +63,7 @@ def train(
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig
 
+    import torch
     from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
     losses: list[float] = []
@@ -83,7 +84,8 @@ def train(
             warmup_steps=min(20, steps // 10),
             optim="adamw_torch",
             gradient_checkpointing=False,
-            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            bf16=model.dtype == torch.bfloat16,
+            fp16=model.dtype == torch.float16,
             logging_steps=1,
             save_strategy="no",
             report_to="none",

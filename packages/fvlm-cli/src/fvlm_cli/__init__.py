@@ -1,3 +1,5 @@
-"""fvlm_cli."""
+"""The `fvlm` command."""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"

@@ -1,0 +1,76 @@
+"""`fvlm train`: fine-tune as a YAML file says."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fvlm_cli.exits import Exit
+from fvlm_cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _print_schema(asked: bool) -> None:
+    if asked:
+        from fvlm_cli.config.schema import TrainConfig
+
+        print(json.dumps(TrainConfig.model_json_schema(), indent=2))
+        raise typer.Exit(Exit.OK)
+
+
+_CONFIG = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What to train, and how.")]
+_SETTINGS = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE | --KEY VALUE]...", help="Keys that replace the config's.")
+]
+_RESUME = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")]
+_SCHEMA = Annotated[
+    bool,
+    typer.Option(
+        "--schema", is_eager=True, callback=_print_schema, help="Print the config's JSON Schema, every key explained."
+    ),
+]
+
+
+def train(
+    config: _CONFIG, settings: _SETTINGS = None, resume: _RESUME = False, schema: _SCHEMA = False, *, out: Output
+) -> None:
+    """Fine-tune a vision-language model as a YAML file says.
+
+    Settings on the command line replace the file's: lora.r=32 or --lora.r 32. Ctrl-C saves a checkpoint, from which
+    --resume goes on.
+    """
+    from fvlm_cli.config.read import read_config
+
+    checked = read_config(config, settings or [])
+    _quiet_libraries(out)
+    from fvlm_cli.training.run import run
+
+    record = run(checked, out, resume=resume)
+    out.result(record, lambda console: _show(console, record, config))
+    if record["status"] == "interrupted":
+        raise typer.Exit(Exit.INTERRUPTED)
+
+
+def _quiet_libraries(out: Output) -> None:
+    """Keep transformers' own bars and remarks out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not out.debug:
+        logging.set_verbosity_error()
+
+
+def _show(console: Console, record: dict[str, Any], config: str) -> None:
+    if record["status"] == "interrupted":
+        console.print(f"stopped at step {record['steps']}; go on with: fvlm train {config} --resume", markup=False)
+        return
+    for name in ("train_loss", "eval_loss"):
+        if record[name] is not None:
+            console.print(f"{name:<12} {record[name]:.4f}")
+    for name in ("adapter_dir", "model_dir", "merged_dir"):
+        if record.get(name) is not None:
+            console.print(f"{name:<12} {record[name]}", markup=False)

@@ -1,0 +1,74 @@
+"""What a failure means to the shell: its exit code, and the one sentence that stderr gets."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from enum import IntEnum
+
+from fvlm_core.errors import CheckpointError, DataError, ExportError, FvlmError, MissingExtraError
+
+
+class Exit(IntEnum):
+    """The exit codes of every verb."""
+
+    OK = 0
+    FAILED = 1  # something else, such as a merge that its own check refuses
+    USAGE = 2  # the command line or the config
+    DATA = 3  # a sample, an image, a model or adapter folder
+    RESOURCES = 4  # memory, disk, permissions, a package that is not installed
+    REMOTE = 5  # the Hub
+    INTERRUPTED = 130  # Ctrl-C, as shells count it
+
+
+# Other errors that mean one of these: what the file system, the device and the network say.
+HANDLED = (FvlmError, OSError, MemoryError, RuntimeError)
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def judge(error: BaseException) -> tuple[Exit, str] | None:
+    """Return an error's exit code and sentence, or None where it is no failure that a user can mend but a bug."""
+    if isinstance(error, FvlmError):
+        return _kind(error), _sentence(str(error))
+    if isinstance(error, MemoryError) or _is_out_of_device_memory(error):
+        advice = "lower train.per_device_train_batch_size or model.max_seq_length, or load in 4 bit."
+        return Exit.RESOURCES, f"memory ran out ({_sentence(str(error)) or 'on the host'}): {advice}"
+    if _is_remote(error):
+        return Exit.REMOTE, f"the Hub did not do it: {_sentence(str(error))}"
+    if isinstance(error, OSError) and error.errno is not None:
+        code = Exit.RESOURCES if error.errno in _NO_ROOM else Exit.DATA
+        place = f"{error.filename}: " if error.filename else ""
+        return code, f"{place}{error.strerror}."
+    return None
+
+
+def _kind(error: FvlmError) -> Exit:
+    if isinstance(error, DataError | CheckpointError):
+        return Exit.DATA
+    if isinstance(error, MissingExtraError):
+        return Exit.RESOURCES
+    if isinstance(error, ExportError):
+        cause = error.__cause__
+        if cause is not None and _is_remote(cause):
+            return Exit.REMOTE
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return Exit.RESOURCES
+        return Exit.FAILED
+    return Exit.USAGE
+
+
+def _is_out_of_device_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # where torch was never imported, none of its errors can be here
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _is_remote(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    errors = sys.modules.get("huggingface_hub.errors")
+    return errors is not None and isinstance(error, errors.HfHubHTTPError)
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split())

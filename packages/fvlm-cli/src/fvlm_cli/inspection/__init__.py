@@ -1,0 +1,1 @@
+"""What `fvlm env` finds out."""

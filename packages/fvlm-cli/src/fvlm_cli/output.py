@@ -1,0 +1,73 @@
+"""Where a verb writes: its result to stdout, all else to stderr; for people, or as one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Output:
+    """What a verb is given to speak with.
+
+    Args:
+        debug: errors come with their traceback, and the log with its details.
+        quiet: nothing but the result and errors.
+        json: the result, or the error, is one JSON object on stdout.
+    """
+
+    def __init__(self, *, debug: bool = False, quiet: bool = False, json: bool = False) -> None:
+        self.debug = debug
+        self.quiet = quiet
+        self.json = json
+        self._stderr: Console | None = None
+
+    @property
+    def stderr(self) -> Console:
+        """The console of notes and progress. It writes no colour where stderr is not a terminal."""
+        if self._stderr is None:
+            from rich.console import Console
+
+            self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        return self._stderr
+
+    @property
+    def interactive(self) -> bool:
+        """Whether progress is drawn (a terminal) or written line by line."""
+        return self.stderr.is_terminal and not self.quiet
+
+    def note(self, text: str) -> None:
+        """Say what is going on."""
+        if not self.quiet:
+            self.stderr.print(text, markup=False)
+
+    def result(self, data: Mapping[str, Any], show: Callable[[Console], None]) -> None:
+        """Give the verb's result: `data` as JSON, or what `show` draws of it."""
+        if self.json:
+            print(json.dumps(data, ensure_ascii=False))
+            return
+        from rich.console import Console
+
+        show(Console(highlight=False, soft_wrap=True))
+
+    def error(self, code: int, sentence: str) -> None:
+        """Say in one sentence what went wrong."""
+        if self.json:
+            print(json.dumps({"error": sentence, "exit_code": code}, ensure_ascii=False))
+        print(f"fvlm: {sentence}", file=sys.stderr)
+
+    def start_log(self) -> None:
+        """Let the packages' log reach stderr: warnings, unless `quiet`; everything under `debug`."""
+        level = logging.DEBUG if self.debug else logging.ERROR if self.quiet else logging.WARNING
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        for name in ("fvlm_core", "fvlm_export", "fvlm_vision", "fvlm_cli"):
+            logger = logging.getLogger(name)
+            logger.handlers = [handler]
+            logger.setLevel(level)
+            logger.propagate = False

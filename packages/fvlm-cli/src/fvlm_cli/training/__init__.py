@@ -1,0 +1,1 @@
+"""What `fvlm train` does, as library code: `fvlm_cli.training.run.run`."""

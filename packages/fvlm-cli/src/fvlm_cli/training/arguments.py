@@ -1,0 +1,68 @@
+"""The `train` section of a config → `trl.SFTConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fvlm_cli.config.nearest import hint
+from fvlm_cli.config.schema import TrainConfig, TrainSection
+from fvlm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+# What other keys of the config, or the run itself, settle.
+_SETTLED = frozenset(
+    {
+        "output_dir", "do_train", "do_eval", "do_predict", "eval_strategy", "save_strategy", "resume_from_checkpoint",
+        "disable_tqdm", "max_length", "gradient_checkpointing", "model_init_kwargs", "trust_remote_code", "hub_token",
+    }
+)  # fmt: skip
+
+
+def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> SFTConfig:
+    """Return the trainer's arguments.
+
+    Args:
+        config: the whole config.
+        checkpoints: the folder that checkpoints go to.
+        evaluates: whether there is anything to evaluate on.
+
+    Raises:
+        ConfigError: `train.extra` has a name that SFTConfig does not know or that another key settles, or SFTConfig
+            refuses a value.
+    """
+    from trl import SFTConfig
+
+    train = config.train
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    _check_extra(train, known)
+    named = train.model_dump(exclude={"extra", "max_steps", "eval_steps", "save_steps"})
+    arguments: dict[str, Any] = {
+        **named,
+        "max_steps": train.max_steps or -1,
+        "output_dir": str(checkpoints),
+        "save_strategy": "epoch" if train.save_steps is None else "steps",
+        "eval_strategy": "no" if not evaluates else "epoch" if train.eval_steps is None else "steps",
+        "disable_tqdm": True,
+    }
+    if train.save_steps is not None:
+        arguments["save_steps"] = train.save_steps
+    if train.eval_steps is not None:
+        arguments["eval_steps"] = train.eval_steps
+    try:
+        return SFTConfig(**arguments, **train.extra)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"the train section cannot be used: {' '.join(str(error).split())}") from None
+
+
+def _check_extra(train: TrainSection, known: set[str]) -> None:
+    for name in train.extra:
+        if name in TrainSection.model_fields:
+            raise ConfigError(f"train.extra.{name} is a key of its own; write it as train.{name}.")
+        if name in _SETTLED:
+            raise ConfigError(f"train.extra.{name} is settled by the run itself; leave it out.")
+        if name not in known:
+            raise ConfigError(f"train.extra.{name} is no argument of trl.SFTConfig; {hint(name, known - _SETTLED)}")

@@ -1,0 +1,133 @@
+"""The parts of a training run, made from its config: model, processor, collator, trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fvlm_cli.config.schema import LoraSection, ModelSection, TrainConfig
+from fvlm_cli.data.row import Row, locate
+from fvlm_cli.training.arguments import training_arguments
+from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+_PRECISIONS: dict[str | None, dict[str, bool]] = {
+    None: {},
+    "4bit": {"load_in_4bit": True},
+    "8bit": {"load_in_8bit": True},
+    "16bit": {"load_in_16bit": True},
+    "full": {"full_finetuning": True},
+}
+
+
+def load(config: TrainConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load the model and its processor, with adapters on it unless all of it is trained.
+
+    Raises:
+        ConfigError, CheckpointError: the model cannot be loaded or adapted as the config says.
+    """
+    from peft import PeftModel
+
+    section = config.model
+    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    model, processor = FastVisionModel.from_pretrained(
+        section.name,
+        max_seq_length=section.max_seq_length,
+        dtype=section.dtype,
+        token=section.token,
+        device_map=section.device_map,
+        trust_remote_code=section.trust_remote_code,
+        use_gradient_checkpointing=section.gradient_checkpointing,
+        revision=section.revision,
+        **_PRECISIONS[section.precision],
+        **options,
+    )
+    if isinstance(model, PeftModel):
+        if "lora" in config.model_fields_set:
+            raise ConfigError(
+                f"model.name={section.name!r} is an adapter, which is trained as it is: leave lora out."
+            )
+    elif section.precision != "full":
+        model = adapt(model, config.lora, section)
+    FastVisionModel.for_training(model)
+    return model, processor
+
+
+def adapt(model: PreTrainedModel, lora: LoraSection, section: ModelSection) -> PreTrainedModel:
+    """Put the config's adapters on a model.
+
+    Raises:
+        ConfigError: they cannot be had on this model.
+    """
+    given = lora.model_dump()
+    renamed = {"lora_alpha": given.pop("alpha"), "lora_dropout": given.pop("dropout")}
+    optional = ("target_modules", "modules_to_save", "finetune_last_n_layers", "init_lora_weights")
+    for name in optional:  # left to PEFT's own defaults
+        if given[name] is None:
+            del given[name]
+    adapted: PreTrainedModel = FastVisionModel.get_peft_model(
+        model, **given, **renamed, use_gradient_checkpointing=section.gradient_checkpointing
+    )
+    return adapted
+
+
+def build_trainer(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    train: list[Row],
+    evaluate: list[Row],
+    checkpoints: Path,
+) -> RunTrainer:
+    """Return the trainer of these rows.
+
+    Raises:
+        ConfigError: an argument of the data or train section cannot be used.
+    """
+    data = config.data
+    limit = {} if data.max_image_pixels is None else {"max_image_pixels": data.max_image_pixels}
+    collator = FastVisionDataCollator(
+        model,
+        processor,
+        train_on_responses_only=data.train_on_responses_only,
+        instruction_part=data.instruction_part,
+        response_part=data.response_part,
+        resize=tuple(data.resize) if isinstance(data.resize, list) else data.resize,  # type: ignore[arg-type]
+        overflow=data.overflow,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        allow_urls=data.allow_urls,
+        **limit,
+    )
+    return RunTrainer(
+        evaluate,
+        model=model,
+        processing_class=processor,
+        data_collator=collator,
+        train_dataset=[row.sample for row in train],
+        eval_dataset=[row.sample for row in evaluate] or None,
+        args=training_arguments(config, checkpoints, bool(evaluate)),
+    )
+
+
+class RunTrainer(FastVisionTrainer):
+    """A trainer whose errors in evaluation name the file and row of what it evaluates on."""
+
+    def __init__(self, evaluation_rows: list[Row], **given: Any) -> None:
+        super().__init__(**given)
+        self._evaluation_rows = evaluation_rows
+
+    def evaluate(self, *arguments: Any, **given: Any) -> dict[str, float]:
+        """Evaluate.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        try:
+            metrics: dict[str, float] = super().evaluate(*arguments, **given)
+        except DataError as error:
+            raise locate(error, self._evaluation_rows) from None
+        return metrics

@@ -1,0 +1,93 @@
+"""A training run's progress on stderr: a bar with the time left on a terminal, else a line for each report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fvlm_cli.output import Output
+
+Item = TypeVar("Item")
+
+_SHOWN = ("loss", "learning_rate", "eval_loss")
+
+
+def _bar(out: Output) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=out.stderr, disable=not out.interactive)
+
+
+def track(out: Output, rows: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Pass rows on while a bar shows how many."""
+    with _bar(out) as bar:
+        task = bar.add_task(what, total=total, note="")
+        for row in rows:
+            yield row
+            bar.advance(task)
+
+
+class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped
+    """Shows steps, loss, learning rate and the time left."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._bar = _bar(out)
+        self._task: Any = None
+        self._start = 0.0
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Start the bar."""
+        self._start, self._first_step = time.monotonic(), state.global_step
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Advance the bar."""
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **given: Any,
+    ) -> None:
+        """Show the loss."""
+        shown = " ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if logs and name in logs)
+        if not shown:
+            return
+        self._bar.update(self._task, note=shown)
+        if not self._out.interactive:
+            self._out.note(f"step {state.global_step}/{state.max_steps} {shown}, {self._left(state)} left")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Stop the bar."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the bar, also where training broke off."""
+        self._bar.stop()
+
+    def _left(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        if done < 1:
+            return "?"
+        seconds = (time.monotonic() - self._start) / done * (state.max_steps - state.global_step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -1,0 +1,133 @@
+"""A whole training run: data, model, training, saving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fvlm_cli.config.schema import TrainConfig
+from fvlm_cli.data.read import read_data
+from fvlm_cli.data.row import Row, locate
+from fvlm_cli.output import Output
+from fvlm_cli.training.build import RunTrainer, build_trainer, load
+from fvlm_cli.training.interrupt import Interruption
+from fvlm_cli.training.progress import TrainingProgress, track
+from fvlm_cli.training.resume import last_complete
+from fvlm_cli.training.run_folder import RunFolder, whole
+from fvlm_cli.versions import versions
+from fvlm_core.errors import ConfigError, DataError
+
+
+def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
+    """Train as the config says.
+
+    Args:
+        config: the checked config.
+        out: told what is going on.
+        resume: go on from the last complete checkpoint in the output folder.
+
+    Returns:
+        The run's record, which `run.json` holds too; its `status` is "finished" or "interrupted".
+
+    Raises:
+        FvlmError: the config, the data or the model cannot be used.
+    """
+    start = time.monotonic()
+    train, evaluate = read_data(config.data, config.train.seed, _tracker(out))
+    out.note(f"{len(train)} rows to train on, {len(evaluate)} to evaluate on")
+    folder = RunFolder(Path(config.save.output_dir).expanduser())
+    checkpoint = _checkpoint(folder, out) if resume else None
+    folder.prepare(config, resume)
+    record: dict[str, Any] = {
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "output_dir": str(folder.root),
+        "rows": len(train),
+        "eval_rows": len(evaluate),
+        "resumed_from": None if checkpoint is None else str(checkpoint),
+        "versions": versions(),
+    }
+    folder.write_record(record)
+    out.note(f"loading {config.model.name}")
+    model, processor = load(config)
+    _describe(model, out)
+    trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
+    interrupted = _train(trainer, train, checkpoint, out)
+    state = trainer.state
+    folder.write_history(state.log_history)
+    record |= {"steps": state.global_step, "epochs": state.epoch, **_losses(state.log_history)}
+    if interrupted:
+        last, _ = last_complete(folder.checkpoints)
+        record |= {"status": "interrupted", "checkpoint": None if last is None else str(last)}
+    else:
+        record |= _save(config, folder, model, processor, out)
+        record["status"] = "finished"
+    record["seconds"] = round(time.monotonic() - start, 3)
+    folder.write_record(record)
+    return record
+
+
+def _tracker(out: Output) -> Callable[[Iterable[Row], int], Iterator[Row]]:
+    return lambda rows, total: track(out, rows, total, "checking rows")
+
+
+def _checkpoint(folder: RunFolder, out: Output) -> Path:
+    checkpoint, torn = last_complete(folder.checkpoints)
+    for path in torn:
+        out.note(f"{path} was not written to its end and is passed over")
+    if checkpoint is None:
+        raise ConfigError(f"{folder.root} holds no complete checkpoint to resume from; leave --resume out.")
+    out.note(f"going on from {checkpoint}")
+    return checkpoint
+
+
+def _describe(model: Any, out: Output) -> None:
+    trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    out.note(f"training {trained:,} of {total:,} parameters")
+
+
+def _train(trainer: RunTrainer, rows: list[Row], checkpoint: Path | None, out: Output) -> bool:
+    """Train to the end or to an interruption; return whether it was the latter."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    progress = TrainingProgress(out)
+    interruption = Interruption(out)
+    trainer.add_callback(progress)
+    trainer.add_callback(interruption)
+    try:
+        with interruption:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except DataError as error:
+        raise locate(error, rows) from None
+    finally:
+        progress.stop()
+    return interruption.requested and trainer.state.global_step < trainer.state.max_steps
+
+
+def _losses(history: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the run's mean training loss and its last evaluation loss, as logged; None for what was not."""
+    found: dict[str, float | None] = {"train_loss": None, "eval_loss": None}
+    for entry in history:
+        found |= {name: entry[name] for name in found if name in entry}
+    return found
+
+
+def _save(config: TrainConfig, folder: RunFolder, model: Any, processor: Any, out: Output) -> dict[str, Any]:
+    """Save what was trained, and merge it where the config asks for that; return the record's part about it."""
+    full = config.model.precision == "full"
+    final = folder.model if full else folder.adapter
+    with whole(final) as partial:
+        model.save_pretrained(str(partial))
+        processor.save_pretrained(str(partial))
+    saved: dict[str, Any] = {"model_dir" if full else "adapter_dir": str(final), "merged_dir": None}
+    out.note(f"saved {final}")
+    if config.save.merge is not None:
+        out.note(f"merging into {folder.merged}")
+        model.save_pretrained_merged(folder.merged, processor, save_method=config.save.merge)
+        saved["merged_dir"] = str(folder.merged)
+    return saved

@@ -1,0 +1,127 @@
+"""A run's folder: what is in it, who may write into it, and how a part of it appears only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fvlm_cli.config.schema import TrainConfig
+from fvlm_core.errors import ConfigError
+
+# What must stay the same for a checkpoint to fit: these keys are compared when a run is resumed.
+_FIXED = (("model", "name"), ("model", "revision"), ("model", "precision"), ("lora",))
+
+
+class RunFolder:
+    """The folder that a run leaves.
+
+    `adapter` (or `model`, after full finetuning) and `merged` are what was asked for; `checkpoints` is what a resumed
+    run goes on from; `config.yaml` is the config with every default, `run.json` the versions and the outcome, and
+    `history.json` what was logged.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.adapter = root / "adapter"
+        self.model = root / "model"
+        self.merged = root / "merged"
+        self.checkpoints = root / "checkpoints"
+        self.config = root / "config.yaml"
+        self.record = root / "run.json"
+        self.history = root / "history.json"
+
+    def prepare(self, config: TrainConfig, resume: bool) -> None:
+        """Make the folder ready for a run and write its config.
+
+        Raises:
+            ConfigError: it holds something and neither `save.overwrite` nor `resume` says what to do with it; or a run
+                is resumed with another model or other adapters.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"save.output_dir={str(self.root)!r} is a file; name a folder.")
+        used = self.root.is_dir() and any(self.root.iterdir())
+        if resume:
+            self._check_same(config)
+        elif used and not config.save.overwrite:
+            raise ConfigError(
+                f"save.output_dir={str(self.root)!r} is not empty; name another folder, go on with --resume, or "
+                "replace the earlier run with save.overwrite=true."
+            )
+        elif used:
+            self._clear()
+        self.root.mkdir(parents=True, exist_ok=True)
+        plain = config.model_dump(mode="json")
+        self.config.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def _clear(self) -> None:
+        """Remove what an earlier run left, and nothing else."""
+        for folder in (self.adapter, self.model, self.merged, self.checkpoints):
+            if folder.exists():
+                shutil.rmtree(folder)
+        for file in (self.config, self.record, self.history):
+            file.unlink(missing_ok=True)
+
+    def _check_same(self, config: TrainConfig) -> None:
+        if not self.config.is_file():
+            raise ConfigError(f"{self.root} holds no run to resume; leave --resume out to start one.")
+        try:
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            raise ConfigError(f"{self.config} is damaged; start anew with save.overwrite=true.") from None
+        now = config.model_dump(mode="json")
+        for path in _FIXED:
+            key = ".".join(path)
+            old, new = _at(before, path), _at(now, path)
+            if isinstance(old, dict) and isinstance(new, dict):
+                differing = [name for name in new if old.get(name) != new[name]]
+                if not differing:
+                    continue
+                key, old, new = f"{key}.{differing[0]}", old.get(differing[0]), new[differing[0]]
+            if old != new:
+                raise ConfigError(
+                    f"the run in {self.root} has {key}={old!r} and the config says {new!r}; put it back, or start anew."
+                )
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write `run.json`."""
+        _write_json(self.record, record)
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Write `history.json`."""
+        _write_json(self.history, history)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `folder`, replacing what is there, only when the block is done."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _at(content: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content

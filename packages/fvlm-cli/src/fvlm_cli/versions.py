@@ -1,0 +1,23 @@
+"""The versions that a run's result depends on, read without importing anything."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+FVLM = ("fvlm-cli", "fvlm-vision", "fvlm-export", "fvlm-core", "fvlm-kernels")
+LIBRARIES = (
+    "torch", "triton", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "safetensors",
+    "huggingface-hub",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of Python, of FVLM's packages and of what they build on; None for one not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in (*FVLM, *LIBRARIES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

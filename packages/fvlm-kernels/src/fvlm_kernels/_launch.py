@@ -62,7 +62,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def row_blocks(n: int, tile: int = 4096) -> tuple[int, int, int]:
+def row_blocks(n: int, tile: int = 4096, per_thread: int = 32) -> tuple[int, int, int]:
     """Shape the launch of a kernel in which one program holds whole rows in registers.
 
     Narrow rows (the 1024 to 1280 columns of vision towers, the 64 to 256 of head norms) share a program, so that every
@@ -72,13 +72,14 @@ def row_blocks(n: int, tile: int = 4096) -> tuple[int, int, int]:
     Args:
         n: columns of a row.
         tile: elements that one program should hold.
+        per_thread: elements that one thread should hold; fewer where a kernel keeps several tiles in registers.
 
     Returns:
         ``(BLOCK_M, BLOCK_N, num_warps)``: rows and columns of a program's tile, both powers of two, and its warps.
     """
     block_n = next_power_of_two(n)
     block_m = max(1, tile // block_n)
-    num_warps = min(16, max(4, block_m * block_n // 1024))
+    num_warps = min(16, max(4, block_m * block_n // (32 * per_thread)))
     return block_m, block_n, num_warps
 
 
@@ -113,8 +114,8 @@ def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **me
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """View ``x`` of shape ``(..., N)`` as ``(M, N)`` with stride 1 along ``N``; copies only where no view can do it."""
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(0, 0)
+    """View ``x`` of shape ``(..., N)``, N ≥ 1, as ``(M, N)`` with stride 1 along N, copying where no view can do it."""
+    rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 

@@ -52,7 +52,7 @@ from ._library import register
 from ._triton import tl, triton
 
 Rounding = Literal["llama", "gemma"]
-MAX_WIDTH = 32768
+MAX_WIDTH = 16384
 """Widest row that the kernels hold in registers."""
 
 
@@ -169,14 +169,13 @@ def _out_dtype(x: torch.Tensor, weight: torch.Tensor, cast_first: bool) -> torch
 def _launch_fwd(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float, cast_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    rows, (m, n) = rows_of(x), (x.numel() // max(x.shape[-1], 1), x.shape[-1])
-    y = x.new_empty(x.shape, dtype=_out_dtype(x, weight, cast_first))
+    rows, res = rows_of(x), None if residual is None else rows_of(residual)
+    (m, n), y = rows.shape, x.new_empty(x.shape, dtype=_out_dtype(x, weight, cast_first))
     h = None if residual is None else x.new_empty(x.shape)
-    res = None if residual is None else rows_of(residual)
     block_m, block_n, num_warps = row_blocks(n)
     launch(
         _rms_norm_fwd_kernel,
-        (cdiv(m, block_m) if n else 0,),
+        (cdiv(m, block_m),),
         rows,
         res,
         weight.contiguous(),
@@ -217,17 +216,16 @@ def _rms_norm_bwd(
     cast_first: bool,
     need_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    m, n = h.numel() // max(h.shape[-1], 1), h.shape[-1]
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
-    dx = h.new_empty(h.shape)
-    block_m, block_n, num_warps = row_blocks(n)
-    blocks = cdiv(m, block_m) if n else 0
-    programs = persistent_programs(h.device, blocks) if need_dweight else blocks
-    share = cdiv(blocks, max(programs, 1))
-    partial = h.new_empty((cdiv(blocks, share) if share else 0, n), dtype=torch.float32) if need_dweight else None
+    (m, n), dx = kept.shape, h.new_empty(h.shape)
+    block_m, block_n, num_warps = row_blocks(n, per_thread=16 if need_dweight else 32)
+    blocks = cdiv(m, block_m)
+    share = cdiv(blocks, persistent_programs(h.device, blocks)) if need_dweight else 1
+    programs = cdiv(blocks, max(share, 1))
+    partial = h.new_empty((programs, n), dtype=torch.float32) if need_dweight else None
     launch(
         _rms_norm_bwd_kernel,
-        (cdiv(blocks, share) if share else 0,),
+        (programs,),
         grad,
         extra,
         kept,
@@ -386,7 +384,7 @@ def rms_norm(
         With a residual ``(y, h)``, where ``h = x + residual`` has ``x``'s dtype.
 
     Raises:
-        ValueError: shapes or devices do not fit, a row is wider than 32768 (Triton), or a choice does not exist.
+        ValueError: shapes or devices do not fit, a row is wider than 16384 (Triton), or a choice does not exist.
         TypeError: a dtype is not floating, or ``residual``'s differs from ``x``'s.
 
     Example:

@@ -1,0 +1,394 @@
+"""Layer norm over the last dimension, with an optional bias and an optional fused residual addition.
+
+Maths, row by row over N columns, with h = x + residual where a residual is given and h = x otherwise::
+
+    mean = Σ h / N
+    rstd = 1 / sqrt(Σ (h − mean)² / N + eps)
+    n    = (h − mean) · rstd
+    y    = weight · n + bias
+
+Gradients, with g = dy · weight and dh the gradient of the returned h::
+
+    dx      = rstd · (g − mean(g) − n · mean(g · n))  (+ dh);     the same for the residual
+    dweight = Σ_rows dy · n
+    dbias   = Σ_rows dy
+
+Source: Ba, Kiros and Hinton, Layer Normalization, 2016, with the gradients worked out from it.
+
+Numerics. h is rounded to x's dtype first, as ``residual + x`` in eager mode is; everything after it is computed and
+accumulated in fp32 and rounded once, which is how ``torch.nn.LayerNorm`` (the vision towers of Qwen2-VL, Qwen3-VL,
+SigLIP, CLIP and Llama 3.2) rounds on a GPU. The variance is taken around the mean, never as a difference of two large
+sums. mean and rstd are recomputed in backward instead of being saved. Weight gradients are summed in fp32 by a fixed
+number of programs over fixed rows, then over programs: two runs on one card give the same bits.
+"""
+
+# mypy: allow-untyped-defs
+# (for the kernels, whose arguments Triton types)
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+
+from ._launch import (
+    Impl,
+    cdiv,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    launch,
+    persistent_programs,
+    row_blocks,
+    rows_of,
+    use_triton,
+)
+from ._library import register
+from ._triton import tl, triton
+
+MAX_WIDTH = 16384
+"""Widest row that the kernels hold in registers."""
+
+
+def _ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(y, h)`` of the module's maths in plain PyTorch; float64 stays float64."""
+    h = x if residual is None else x + residual
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    wide_bias = None if bias is None else bias.to(wide.dtype)
+    y = torch.nn.functional.layer_norm(wide, h.shape[-1:], weight.to(wide.dtype), wide_bias, eps)
+    return y.to(out_dtype), h
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,
+    res_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    h_ptr,
+    stride_x,
+    stride_res,
+    M,
+    eps,
+    N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    in_row = offs_n < N
+    mask = (offs_m < M)[:, None] & in_row[None, :]
+    x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=mask, other=0.0)
+    h = x.to(tl.float32)
+    if HAS_RES:
+        res = tl.load(res_ptr + offs_m[:, None] * stride_res + offs_n[None, :], mask=mask, other=0.0)
+        rounded = (h + res.to(tl.float32)).to(x.dtype)
+        tl.store(h_ptr + offs_m[:, None] * N + offs_n[None, :], rounded, mask=mask)
+        h = rounded.to(tl.float32)
+    mean = tl.sum(h, axis=1) / N
+    centred = tl.where(mask, h - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
+    y = centred * rstd[:, None] * tl.load(weight_ptr + offs_n, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,
+    dh_ptr,
+    h_ptr,
+    weight_ptr,
+    dx_ptr,
+    partial_weight_ptr,
+    partial_bias_ptr,
+    stride_dy,
+    stride_dh,
+    stride_h,
+    M,
+    eps,
+    blocks_per_program,
+    N: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    in_row = offs_n < N
+    weight = tl.load(weight_ptr + offs_n, mask=in_row, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    block = pid * blocks_per_program
+    end = block + blocks_per_program
+    while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
+        offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & in_row[None, :]
+        h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(h, axis=1) / N
+        centred = tl.where(mask, h - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
+        n = centred * rstd[:, None]
+        g = dy * weight[None, :]
+        along = (tl.sum(g * n, axis=1) / N)[:, None]
+        dx = (g - (tl.sum(g, axis=1) / N)[:, None] - n * along) * rstd[:, None]
+        if HAS_DH:
+            dx += tl.load(dh_ptr + offs_m[:, None] * stride_dh + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEED_DWEIGHT:
+            dweight += tl.sum(dy * n, axis=0)
+        if NEED_DBIAS:
+            dbias += tl.sum(dy, axis=0)
+        block += 1
+    if NEED_DWEIGHT:
+        tl.store(partial_weight_ptr + pid * N + offs_n, dweight, mask=in_row)
+    if NEED_DBIAS:
+        tl.store(partial_bias_ptr + pid * N + offs_n, dbias, mask=in_row)
+
+
+def _launch_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows, res = rows_of(x), None if residual is None else rows_of(residual)
+    (m, n), y = rows.shape, x.new_empty(x.shape, dtype=out_dtype)
+    h = None if residual is None else x.new_empty(x.shape)
+    block_m, block_n, num_warps = row_blocks(n)
+    launch(
+        _layer_norm_fwd_kernel,
+        (cdiv(m, block_m),),
+        rows,
+        res,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        y,
+        h,
+        rows.stride(0),
+        0 if res is None else res.stride(0),
+        m,
+        eps,
+        N=n,
+        HAS_BIAS=bias is not None,
+        HAS_RES=res is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+    )
+    return y, h
+
+
+def _layer_norm_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return _launch_fwd(x, None, weight, bias, eps, out_dtype)[0]
+
+
+def _add_layer_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return _launch_fwd(x, residual, weight, bias, eps, out_dtype)
+
+
+def _layer_norm_bwd(
+    dy: torch.Tensor,
+    dh: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
+    (m, n), dx, persistent = kept.shape, h.new_empty(h.shape), need_dweight or need_dbias
+    block_m, block_n, num_warps = row_blocks(n, per_thread=16 if persistent else 32)
+    blocks = cdiv(m, block_m)
+    share = cdiv(blocks, persistent_programs(h.device, blocks)) if persistent else 1
+    programs = cdiv(blocks, max(share, 1))
+    partial_weight = h.new_empty((programs if need_dweight else 0, n), dtype=torch.float32)
+    partial_bias = h.new_empty((programs if need_dbias else 0, n), dtype=torch.float32)
+    launch(
+        _layer_norm_bwd_kernel,
+        (programs,),
+        grad,
+        extra,
+        kept,
+        weight.contiguous(),
+        dx,
+        partial_weight,
+        partial_bias,
+        grad.stride(0),
+        0 if extra is None else extra.stride(0),
+        kept.stride(0),
+        m,
+        eps,
+        share,
+        N=n,
+        HAS_DH=extra is not None,
+        NEED_DWEIGHT=need_dweight,
+        NEED_DBIAS=need_dbias,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+    )
+    dweight = partial_weight.sum(0).to(weight.dtype) if need_dweight else weight.new_empty(0)
+    dbias = partial_bias.sum(0) if need_dbias else weight.new_empty(0, dtype=torch.float32)
+    return dx, dweight, dbias
+
+
+_fwd_op = register(
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> Tensor",
+    _layer_norm_fwd,
+    lambda x, weight, bias, eps, out_dtype: x.new_empty(x.shape, dtype=out_dtype),
+)
+_add_fwd_op = register(
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype)"
+    " -> (Tensor y, Tensor h)",
+    _add_layer_norm_fwd,
+    lambda x, residual, weight, bias, eps, out_dtype: (x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape)),
+)
+_bwd_op = register(
+    "layer_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor weight, float eps, bool need_dweight, bool need_dbias)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _layer_norm_bwd,
+    lambda dy, dh, h, weight, eps, need_dweight, need_dbias: (
+        h.new_empty(h.shape),
+        weight.new_empty(weight.shape if need_dweight else 0),
+        weight.new_empty(weight.shape if need_dbias else 0, dtype=torch.float32),
+    ),
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """``layer_norm`` with or without a residual; returns ``(y, h)``, ``h`` being ``None`` without one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        out_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.set_materialize_grads(False)  # an unused output costs neither a zero tensor nor its reading
+        if residual is None:
+            y, h = _fwd_op(x, weight, bias, eps, out_dtype), None
+        else:
+            y, h = _add_fwd_op(x, residual, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(x if h is None else h, weight)
+        ctx.eps = eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, dh: torch.Tensor | None) -> Any:
+        if dy is None:  # the norm's own output was not used
+            return dh, dh, None, None, None, None
+        h, weight = ctx.saved_tensors
+        _, need_residual, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
+        dx, dweight, dbias = _bwd_op(dy, dh, h, weight, ctx.eps, need_dweight, need_dbias)
+        return (
+            dx,
+            dx if need_residual else None,
+            dweight if need_dweight else None,
+            dbias.to(ctx.bias_dtype) if need_dbias else None,
+            None,
+            None,
+        )
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> None:
+    check_floating("layer_norm", x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}; it must have a last dimension to normalize over")
+    check_shape("layer_norm", "weight", weight, x.shape[-1:])
+    check_shape("layer_norm", "bias", bias, x.shape[-1:])
+    check_shape("layer_norm", "residual", residual, x.shape)
+    check_same_dtype("layer_norm", x=x, residual=residual)
+    check_same_device("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+
+
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = ...,
+    eps: float = ...,
+    *,
+    residual: None = ...,
+    impl: Impl | None = ...,
+) -> torch.Tensor: ...
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = ...,
+    eps: float = ...,
+    *,
+    residual: torch.Tensor,
+    impl: Impl | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    impl: Impl | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalize the last dimension to mean 0 and variance 1, scale and shift it; see the module for the maths.
+
+    Args:
+        x: ``(..., N)``, floating; any strides.
+        weight: ``(N,)``, floating; its dtype may differ from ``x``'s.
+        bias: ``(N,)``, floating, or ``None``.
+        eps: added to the variance.
+        residual: same shape and dtype as ``x``; added to it before the norm.
+        impl: ``"triton"``, ``"torch"``, or ``None`` for Triton on a GPU and PyTorch elsewhere.
+
+    Returns:
+        ``y`` of ``x``'s shape and dtype (fp32 under CUDA autocast, as ``torch.nn.functional.layer_norm`` gives there).
+        With a residual ``(y, h)``, where ``h = x + residual`` has ``x``'s dtype.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or a row is wider than 16384 (Triton).
+        TypeError: a dtype is not floating, or ``residual``'s differs from ``x``'s.
+
+    Example:
+        >>> y, hidden = layer_norm(attention_out, norm.weight, norm.bias, norm.eps, residual=hidden)
+    """
+    _check(x, weight, bias, residual)
+    out_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    if not use_triton(impl, x, weight, bias):
+        y, h = _ref(x, weight, bias, eps, residual, out_dtype)
+        return y if residual is None else (y, h)
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f'layer_norm: rows of {x.shape[-1]} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
+    y, h = _LayerNorm.apply(x, residual, weight, bias, eps, out_dtype)
+    return y if residual is None else (y, h)

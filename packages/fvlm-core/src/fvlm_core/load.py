@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fvlm_core.checkpoint import Source, check_weights, find_source, read_config
 from fvlm_core.errors import CheckpointError, ConfigError
@@ -92,6 +92,8 @@ def load_model(
         source, config, dtype=chosen_dtype, device_map=placed, trust_remote_code=trust_remote_code, **options
     )
     model.requires_grad_(settled is Precision.FULL)
+    if "attn_implementation" not in options:
+        _attend_packed(model)
     origin = Origin(
         source=source.name,
         revision=revision,
@@ -193,6 +195,17 @@ def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> P
         unexpected = sorted(report["unexpected_keys"])
         logger.warning("%d weights of %s are not used, such as %s.", len(unexpected), source.name, unexpected[0])
     return model
+
+
+def _attend_packed(model: PreTrainedModel) -> None:
+    """Spare vision towers that pack their images the loop over them; same values, see `fvlm_core.attention`."""
+    from fvlm_core.arch import facts_for
+    from fvlm_core.attention import use_varlen_attention
+
+    facts = facts_for(model)
+    if facts.packs_images:
+        for path in facts.vision:
+            use_varlen_attention(cast("PreTrainedModel", model.get_submodule(path)))
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fvlm_core.arch import facts_for, task_model
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
@@ -115,6 +116,8 @@ class FastVisionDataCollator:
             grid=patch_grid(processor.image_processor),
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
+        planner = facts_for(model).planner
+        self._plan = None if planner is None else planner(task_model(model))
         self._renderer = Renderer(processor, train_on_responses_only, marks)
         self._encoder = Encoder(processor, self.pad_to_multiple_of)
         self._media_text = media_text_pattern(processor, self.media_ids)
@@ -122,7 +125,7 @@ class FastVisionDataCollator:
         # (PaliGemma's prefix): what is learned must not.
         self._has_prefix = {"token_type_ids", "labels"} <= set(processor.model_input_names)
 
-    def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Return the batch: the processor's tensors and `labels`.
 
         Args:
@@ -130,7 +133,8 @@ class FastVisionDataCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, shape (batch, tokens), int64, padded on the right; with images
-            also the family's pixel tensors. Samples that `overflow` leaves out are missing, so the batch may be
+            also the family's pixel tensors, and what its model would otherwise derive from them sample by sample on
+            the device (`fvlm_core.batch_plan`). Samples that `overflow` leaves out are missing, so the batch may be
             smaller.
 
         Raises:
@@ -190,7 +194,7 @@ class FastVisionDataCollator:
             )
         return conversation, rendered
 
-    def _batch(self, items: list[_Item]) -> dict[str, torch.Tensor]:
+    def _batch(self, items: list[_Item]) -> dict[str, Any]:
         encoded = self._encode(items)
         ids, mask = encoded.batch["input_ids"], encoded.batch["attention_mask"]
         labels = make_labels(ids, mask, self.media_ids, encoded.trained, self.ignore_index)
@@ -214,7 +218,7 @@ class FastVisionDataCollator:
         if self._has_prefix:
             learned = batch["labels"] != self.ignore_index
             batch["token_type_ids"] = (learned.cumsum(dim=1) > 0).to(batch["token_type_ids"].dtype)
-        return batch
+        return batch if self._plan is None else {**batch, **self._plan(batch)}
 
     def _encode(self, items: list[_Item]) -> Encoded:
         try:

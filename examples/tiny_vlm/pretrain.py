@@ -26,9 +26,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint; must not hold one")
     parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="images a step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="its peak (default %(default)s)")
-    parser.add_argument("--growth", type=float, default=0.4, help="fraction of the run over which strings grow longer")
+    parser.add_argument("--batch", type=int, default=128, help="images a step (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="its peak (default %(default)s)")
+    parser.add_argument("--growth", type=float, default=0.5, help="fraction of the run over which strings grow longer")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the samples (default %(default)s)")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="processes that render")
     parser.add_argument("--measure", type=int, default=1000, help="held-out images of each kind (default %(default)s)")
@@ -44,39 +44,17 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-class Planned:
-    """A collator whose batches carry positions and image boundaries, so that the model need not ask the GPU for them.
-
-    Args:
-        collator: samples → batch.
-        planner: batch → what to add to it (`fvlm_core.batch_plan`).
-    """
-
-    def __init__(self, collator: Any, planner: Any) -> None:
-        self.collator, self.planner = collator, planner
-
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        """Return the batch of ``samples``."""
-        batch = dict(self.collator(samples))
-        return batch | self.planner(batch)
-
-
 def train(base: Path, options: argparse.Namespace, logs: Path) -> tuple[Any, Any, list[dict[str, Any]]]:
     """Train every weight of the checkpoint in ``base``; return the model, its processor and the log."""
     import torch
     from curriculum import PrintedText
     from trl import SFTConfig
 
-    from fvlm_core.attention import use_varlen_attention
-    from fvlm_core.batch_plan import QwenPlanner
     from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
     model, processor = FastVisionModel.from_pretrained(
         str(base), full_finetuning=True, dtype=torch.float32, use_gradient_checkpointing=False
     )
-    use_varlen_attention(model.model.visual)
-    vision = model.config.vision_config
-    planner = QwenPlanner(merge_size=vision.spatial_merge_size, patch_size=vision.patch_size, timed_videos=False)
     FastVisionModel.for_training(model)
     gpu = torch.cuda.is_available()
     config = SFTConfig(
@@ -107,7 +85,7 @@ def train(base: Path, options: argparse.Namespace, logs: Path) -> tuple[Any, Any
     trainer = FastVisionTrainer(
         model=model,
         processing_class=processor,
-        data_collator=Planned(FastVisionDataCollator(model, processor, train_on_responses_only=True), planner),
+        data_collator=FastVisionDataCollator(model, processor, train_on_responses_only=True),
         train_dataset=PrintedText(options.steps * options.batch, options.seed, options.growth),
         args=config,
     )

@@ -61,6 +61,7 @@ class CheckpointBase:
         default_dtype: torch.dtype,
         resized: Container[str] = (),
     ) -> None:
+        self.files = list(files)
         self._home: dict[str, SafetensorFile] = {}
         for path in files:
             file = SafetensorFile(path)

@@ -22,6 +22,7 @@ class MergeReport:
         base_revision: the Hub revision asked for.
         merged_onto: ``original`` (the checkpoint's weights), ``dequantized`` or ``live``; ``none`` for ``lora``.
         why: one sentence on that choice.
+        base_fingerprint: see :func:`fvlm_export.base_check.fingerprint`; None: the base lived in memory.
         adapters: adapter → its weight, and for folders the SHA-256 of its file.
         tensors: tensors written.
         merged: how many of them an adapter changed.
@@ -37,6 +38,7 @@ class MergeReport:
     base_revision: str | None
     merged_onto: str
     why: str
+    base_fingerprint: str | None = None
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: int = 0
     merged: int = 0

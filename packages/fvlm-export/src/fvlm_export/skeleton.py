@@ -63,6 +63,7 @@ def skeleton_of(config: PretrainedConfig, cls: type[PreTrainedModel] | None = No
         CheckpointError: transformers has no class for the config.
     """
     config = plain_config(config)
+    config._attn_implementation = "eager"  # nothing will run, and the trained model's own choice may need a GPU
     with torch.device("meta"):
         model = cls._from_config(config) if cls is not None else _auto(config, trust)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -47,6 +47,7 @@ class Task:
         live: the live model; None when merging folders.
         live_values: see :class:`fvlm_export.compute.Merger`.
         dtype: the floating dtype of the output where the caller asks for none; None: each tensor keeps its own.
+        trust: whether the base may bring its own model class.
     """
 
     base: Base
@@ -60,6 +61,14 @@ class Task:
     live: LiveModel | None = None
     live_values: dict[str, torch.Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    trust: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic is done."""
+        if self.live is not None:
+            return torch.device("cpu") if self.live.base.device.type == "meta" else self.live.base.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def task_from_model(
@@ -91,8 +100,8 @@ def task_from_model(
         "adapters": {name: {"weight": weight} for name, weight in chosen.items()},
         "files_from": [known] if known else [],
         "live": live,
+        "trust": origin is not None and origin.trust_remote_code,
     }
-    trust = origin.trust_remote_code if origin else False
     default = getattr(torch, origin.dtype) if origin else live.base.dtype
     skeleton = skeleton_of(live.base.config, type(live.base))
     if source is None:
@@ -102,7 +111,7 @@ def task_from_model(
         return Task(base=live_base, config=config, source=known, dtype=dtype, **common)
     from fvlm_export.layout import conversions_of
 
-    config = read_config(source, trust)
+    config = read_config(source, common["trust"])
     values = {n: t for n, t in live.tensors.items() if n.removesuffix(".weight") not in live.quantized}
     values = {n: t for n, t in values.items() if t.device.type != "meta" and n in skeleton.parameters}
     resized = {n for n, t in values.items() if n in skeleton.shapes}
@@ -197,7 +206,7 @@ def task_from_folder(
     else:
         onto, why = ORIGINAL, "The base checkpoint is not quantized, so its weights are used as they are."
     files_from = [*(find_source(path) for path in folders), source]
-    return Task(checkpoint, changes, onto, why, raw, source, facts, files_from)
+    return Task(checkpoint, changes, onto, why, raw, source, facts, files_from, trust=trust_remote_code)
 
 
 def _adapter_folders(folder: Path, adapters: Mapping[str, float] | None) -> dict[Path, float]:

@@ -7,14 +7,19 @@ is what it was before; a run that fails removes what it wrote, and one that is k
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 import shutil
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from fvlm_core.errors import ConfigError, ExportError
 
+LOCK = ".lock"
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 
@@ -33,6 +38,7 @@ class WorkFolder:
 
     def __init__(self, output: Path, *, overwrite: bool) -> None:
         self.output = output
+        self._lock: TextIO
         self.path = output.parent / f".{output.name}.unfinished"
         if output.exists() and not output.is_dir():
             raise ConfigError(f"output_dir={str(output)!r} is a file; name a folder.")
@@ -42,17 +48,23 @@ class WorkFolder:
     def __enter__(self) -> WorkFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing output_dir={str(self.output)!r}; wait for it, or stop it.") from None
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        if isinstance(value, OSError) and not isinstance(value, ConnectionError):
+        self._lock.close()
+        if isinstance(value, OSError) and value.errno in _WRITE_ERRORS:
             raise _cannot_write(self.path, value) from value
 
     def publish(self) -> None:
         """Make the finished folder the output, in one step."""
+        (self.path / LOCK).unlink()
         if not self.output.exists():
             os.rename(self.path, self.output)
         elif not any(self.output.iterdir()):

@@ -8,16 +8,18 @@ from tqdm.auto import tqdm
 
 from fvlm_export.compute import Merger
 from fvlm_export.plan import Plan
+from fvlm_export.resume import Journal
 from fvlm_export.safetensor_file import SafetensorWriter, WrittenFile, as_bytes
 
 
-def write_shards(plan: Plan, merger: Merger, folder: Path, *, progress: bool) -> list[WrittenFile]:
+def write_shards(plan: Plan, merger: Merger, folder: Path, journal: Journal, *, progress: bool) -> list[WrittenFile]:
     """Compute and write every shard of a plan.
 
     Args:
         plan: what to write.
         merger: computes the values.
-        folder: where; it must not hold the shards yet.
+        folder: where.
+        journal: of the folder: shards that it knows as finished are kept.
         progress: show a bar in bytes.
 
     Returns:
@@ -26,6 +28,11 @@ def write_shards(plan: Plan, merger: Merger, folder: Path, *, progress: bool) ->
     files = []
     with tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
         for number, shard in enumerate(plan.shards):
+            done = journal.finished(plan.file_name(number))
+            if done is not None:
+                files.append(done)
+                bar.update(sum(item.nbytes for item in shard))
+                continue
             infos = [info for item in shard for info in item.outputs]
             with SafetensorWriter(folder / plan.file_name(number), infos) as writer:
                 for item in shard:
@@ -36,4 +43,5 @@ def write_shards(plan: Plan, merger: Merger, folder: Path, *, progress: bool) ->
                     merger.release(item)
                     bar.update(item.nbytes)
                 files.append(writer.finish())
+            journal.note(files[-1])
     return files

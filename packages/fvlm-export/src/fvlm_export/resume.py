@@ -1,0 +1,124 @@
+"""Which shards an earlier, killed run of the same merge has finished.
+
+The work folder keeps a journal: the key of the merge, then one line for each finished shard. A later run with the same key
+takes those shards over after reading them once more; with any other key, or with none, it starts afresh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fvlm_export.changes import Addition, Change, LowRank, Replacement, Rows
+from fvlm_export.plan import Plan
+from fvlm_export.safetensor_file import WrittenFile, as_bytes
+from fvlm_export.work_folder import LOCK
+
+JOURNAL = ".journal.jsonl"
+
+
+class Journal:
+    """The finished shards of a work folder.
+
+    Args:
+        folder: the work folder; whatever belongs to another merge is removed from it.
+        key: what identifies this merge; None: it cannot be resumed (its base lives in memory).
+    """
+
+    def __init__(self, folder: Path, key: str | None) -> None:
+        self._folder, self._path = folder, folder / JOURNAL
+        self._done = _read(self._path, key) if key is not None else {}
+        for path in folder.iterdir():
+            if (
+                path.name not in self._done
+                and path.name != JOURNAL
+                and path.is_file()
+                and not path.name.startswith(".")
+            ):
+                path.unlink()
+        if not self._done:
+            self._path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+
+    def finished(self, name: str) -> WrittenFile | None:
+        """Return a shard that is finished and still what it was; a damaged one is removed."""
+        file = self._done.get(name)
+        path = self._folder / name
+        if file is None:
+            return None
+        if path.is_file() and path.stat().st_size == file.size and _sha256(path) == file.sha256:
+            return file
+        path.unlink(missing_ok=True)
+        return None
+
+    def note(self, file: WrittenFile) -> None:
+        """Add a finished shard."""
+        with self._path.open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(asdict(file)) + "\n")
+
+    def close(self) -> None:
+        """Remove the journal; the folder is finished."""
+        self._path.unlink(missing_ok=True)
+
+
+def merge_key(plan: Plan, changes: Mapping[str, list[Change]], facts: Mapping[str, str]) -> str:
+    """Return what identifies a merge: every output tensor, every trained value, and what the base is.
+
+    Args:
+        plan: what will be written, where.
+        changes: parameter → what the adapters do to it; their values are hashed.
+        facts: anything else that the result depends on.
+    """
+    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode())
+    for shard in plan.shards:
+        for item in shard:
+            digest.update(repr((item.outputs, item.copy_of)).encode())
+        digest.update(b"|")
+    for param in sorted(changes):
+        for change in changes[param]:
+            digest.update(f"{param}{type(change).__name__}".encode())
+            _hash_change(digest, change)
+    return digest.hexdigest()
+
+
+def _hash_change(digest: hashlib._Hash, change: Change) -> None:
+    tensors: list[torch.Tensor | None] = []
+    if isinstance(change, LowRank):
+        digest.update(f"{change.scaling!r}{change.form.name}".encode())
+        tensors = [change.a, change.b, change.magnitude]
+    elif isinstance(change, Rows):
+        tensors = [change.index, change.tensor]
+    elif isinstance(change, Addition):
+        digest.update(repr(change.scaling).encode())
+        tensors = [change.tensor]
+    elif isinstance(change, Replacement):
+        tensors = [change.tensor]
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(as_bytes(tensor.cpu()))
+
+
+def _read(path: Path, key: str) -> dict[str, WrittenFile]:
+    if not path.is_file():
+        return {}
+    found: dict[str, WrittenFile] = {}
+    first, *lines = path.read_text(encoding="utf-8").splitlines() or ["{}"]
+    try:
+        if json.loads(first).get("key") != key:
+            return {}
+        for line in lines:
+            entry = json.loads(line)
+            found[entry["name"]] = WrittenFile(entry["name"], entry["size"], entry["sha256"], tuple(entry["tensors"]))
+    except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut; what stands before it counts
+        return found
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from fvlm_core.arch.structure import (
     linear_names,
     part_in_block,
 )
-from fvlm_core.arch.tree import is_under, plain_modules
+from fvlm_core.arch.tree import is_under, plain_modules, unwrap
 from fvlm_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def derive_facts(model: PreTrainedModel) -> ArchFacts:
     the dtype of their own weight, and torch's ``nn.MultiheadAttention`` reads its weights directly.
 
     Args:
-        model: the task model, not wrapped; may be on the meta device.
+        model: the task model; its layers may be wrapped by PEFT, and it may be on the meta device.
 
     Raises:
         CheckpointError: no language model is found inside it.
     """
     modules = dict(plain_modules(model))
     names = {id(module): name for name, module in modules.items()}
-    head = names.get(id(model.get_output_embeddings()))
+    head = names.get(id(unwrap(model.get_output_embeddings())))
     language = names.get(id(model.get_decoder())) or names.get(id(model.base_model))
     if not language:
         raise CheckpointError(
@@ -72,7 +72,7 @@ def derive_facts(model: PreTrainedModel) -> ArchFacts:
     owners.update(dict.fromkeys(audio, "audio"))
     layers = find_layers(modules, owners)
     blocks = tuple(path for lists in layers.values() for path in lists)
-    width = next(model.get_input_embeddings().parameters()).shape[-1]
+    width = _language_width(model)
     projector = find_outside(modules, (*owners, *(() if head is None else (head,))))
     projector += find_mergers(modules, vision, blocks, width=width)
     parts = {name: part_in_block(name, path, modules) for name, path in _block_linears(modules, blocks)}
@@ -90,6 +90,15 @@ def derive_facts(model: PreTrainedModel) -> ArchFacts:
         media=_media(model.config),
         generic=True,
     )
+
+
+def _language_width(model: PreTrainedModel) -> int | None:
+    """Return the width of the text embeddings, or None for a model that does not say which they are."""
+    try:
+        embedding = unwrap(model.get_input_embeddings())
+    except NotImplementedError:  # transformers asks such models for an override
+        return None
+    return None if embedding is None else int(next(embedding.parameters()).shape[-1])
 
 
 def _block_linears(modules: Modules, blocks: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -132,7 +132,9 @@ def find_outside(modules: Modules, known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def find_mergers(modules: Modules, vision: tuple[str, ...], blocks: tuple[str, ...], *, width: int) -> tuple[str, ...]:
+def find_mergers(
+    modules: Modules, vision: tuple[str, ...], blocks: tuple[str, ...], *, width: int | None
+) -> tuple[str, ...]:
     """Return what, after the blocks of a vision tower, ends in the language model's width."""
     from torch import nn
 

@@ -19,22 +19,29 @@ def task_model(model: nn.Module) -> PreTrainedModel:
     return model  # type: ignore[return-value]  # what is not a PeftModel is a transformers model by contract
 
 
+def unwrap(module: nn.Module | None) -> nn.Module | None:
+    """Return what PEFT put a layer or a trained copy around; any other module, or None, as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
+
+
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield ``(name, module)`` as ``named_modules`` of the model without adapters would.
 
     A layer that PEFT wrapped is shown as its base layer under its own name; LoRA matrices and trained copies of whole
     modules (``modules_to_save``) are not shown. A module that occurs twice is shown once.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
     seen: set[int] = set()
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-        if id(module) in seen:
+        inner = unwrap(module)
+        if inner is None or id(inner) in seen:
             return
+        module = inner
         seen.add(id(module))
         yield name, module
         for child_name, child in module.named_children():

@@ -96,10 +96,14 @@ def qwen2_5_vl() -> Blueprint:
 
 
 def qwen3_vl() -> Blueprint:
-    """Three vision blocks, the first two of which feed the text layers (deepstack); head size apart from the width."""
+    """Three vision blocks, the first two of which feed the first two text layers (deepstack).
+
+    The third text layer carries what they brought from the image's positions to the text's, and so to the loss. The
+    heads are wider than the hidden state.
+    """
     tokenizer = _tokenizer()
     config = transformers.Qwen3VLConfig(
-        text_config=_text(tokenizer, [12, 10, 10], head_dim=64),
+        text_config=_text(tokenizer, [12, 10, 10], head_dim=64, num_hidden_layers=3),
         vision_config={
             "depth": 3,
             "hidden_size": 64,

@@ -44,24 +44,12 @@ def train(
     --resume goes on.
     """
     from fvlm_cli.config.read import read_config
-
-    checked = read_config(config, settings or [])
-    _quiet_libraries(out)
     from fvlm_cli.training.run import run
 
-    record = run(checked, out, resume=resume)
+    record = run(read_config(config, settings or []), out, resume=resume)
     out.result(record, lambda console: _show(console, record, config))
     if record["status"] == "interrupted":
         raise typer.Exit(Exit.INTERRUPTED)
-
-
-def _quiet_libraries(out: Output) -> None:
-    """Keep transformers' own bars and remarks out of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if not out.debug:
-        logging.set_verbosity_error()
 
 
 def _show(console: Console, record: dict[str, Any], config: str) -> None:

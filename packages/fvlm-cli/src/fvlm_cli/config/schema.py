@@ -20,48 +20,60 @@ class ModelSection(Section):
 
     name: str = Field(min_length=1, description="Folder or Hub id of a model, or of an adapter to train on.")
     precision: Literal["4bit", "8bit", "16bit", "full"] | None = Field(
-        None,
+        default=None,
         description="How the base weights are held; full trains all of them instead of LoRA. Default: 4bit, or as an "
         "already quantized checkpoint is stored.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        None, description="Of computation. Default: bfloat16 where the device has it, else float16; float32 on CPU."
+        default=None,
+        description="Of computation. Default: bfloat16 where the device has it, else float16; float32 on CPU.",
     )
-    max_seq_length: int = Field(2048, ge=1, description="The longest sample, in tokens, images included.")
+    max_seq_length: int = Field(default=2048, ge=1, description="The longest sample, in tokens, images included.")
     gradient_checkpointing: bool | Literal["offload", "unsloth", "auto"] = Field(
-        "offload",
+        default="offload",
         description="false (fastest), true (recompute), offload (least memory; unsloth is its alias) or auto.",
     )
-    device_map: str = Field("sequential", min_length=1, description="sequential, auto, balanced, or a device.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    device_map: str = Field(default="sequential", min_length=1, description="sequential, auto, balanced, or a device.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     token: str | None = Field(
-        None, exclude=True, repr=False, description="For gated repositories: ${oc.env:HF_TOKEN}. It is never saved."
+        default=None,
+        exclude=True,
+        repr=False,
+        description="For gated repositories: ${oc.env:HF_TOKEN}. It is never saved.",
     )
-    trust_remote_code: bool = Field(False, description="Run model code that the checkpoint brings along.")
-    attn_implementation: str | None = Field(None, description="As in transformers: sdpa, eager, flash_attention_2, …")
+    trust_remote_code: bool = Field(default=False, description="Run model code that the checkpoint brings along.")
+    attn_implementation: str | None = Field(
+        default=None, description="As in transformers: sdpa, eager, flash_attention_2, …"
+    )
 
 
 class LoraSection(Section):
     """Which parts of the model get adapters, and of what kind."""
 
-    finetune_vision_layers: bool = Field(True, description="Adapters in the vision tower.")
-    finetune_language_layers: bool = Field(True, description="Adapters in the language model.")
-    finetune_attention_modules: bool = Field(True, description="Adapters on attention projections.")
-    finetune_mlp_modules: bool = Field(True, description="Adapters on MLP layers.")
-    finetune_projector_layers: bool = Field(False, description="Adapters between vision tower and language model.")
-    finetune_last_n_layers: int | None = Field(None, ge=1, description="Only in the last n layers of each tower.")
-    target_modules: list[str] | str | None = Field(
-        None, description="Instead of the flags: names, a regular expression, or all-linear."
+    finetune_vision_layers: bool = Field(default=True, description="Adapters in the vision tower.")
+    finetune_language_layers: bool = Field(default=True, description="Adapters in the language model.")
+    finetune_attention_modules: bool = Field(default=True, description="Adapters on attention projections.")
+    finetune_mlp_modules: bool = Field(default=True, description="Adapters on MLP layers.")
+    finetune_projector_layers: bool = Field(
+        default=False, description="Adapters between vision tower and language model."
     )
-    modules_to_save: list[str] | None = Field(None, description="Modules trained in full and saved with the adapter.")
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(16, gt=0, description="The adapter is scaled by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead.")
-    use_dora: bool = Field(False, description="Weight-decomposed adapters.")
-    init_lora_weights: bool | str | None = Field(None, description="As in PEFT: gaussian, pissa, olora, …")
-    random_state: int = Field(3407, ge=0, description="Seed of the adapters' initial weights.")
+    finetune_last_n_layers: int | None = Field(
+        default=None, ge=1, description="Only in the last n layers of each tower."
+    )
+    target_modules: list[str] | str | None = Field(
+        default=None, description="Instead of the flags: names, a regular expression, or all-linear."
+    )
+    modules_to_save: list[str] | None = Field(
+        default=None, description="Modules trained in full and saved with the adapter."
+    )
+    r: int = Field(default=16, ge=1, description="Rank.")
+    alpha: float = Field(default=16, gt=0, description="The adapter is scaled by alpha / r.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
+    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained.")
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead.")
+    use_dora: bool = Field(default=False, description="Weight-decomposed adapters.")
+    init_lora_weights: bool | str | None = Field(default=None, description="As in PEFT: gaussian, pissa, olora, …")
+    random_state: int = Field(default=3407, ge=0, description="Seed of the adapters' initial weights.")
 
 
 class DataSection(Section):
@@ -72,68 +84,84 @@ class DataSection(Section):
         description="JSONL, JSON, CSV or Parquet files of messages, conversations or prompt + completion; or folders "
         "of images with captions (a .txt file beside each image, or metadata.jsonl or metadata.csv with file_name).",
     )
-    eval: str | list[str] | None = Field(None, description="The same, to evaluate on.")
-    eval_fraction: float | None = Field(None, gt=0, lt=1, description="Or this share of the training rows, by seed.")
+    eval: str | list[str] | None = Field(default=None, description="The same, to evaluate on.")
+    eval_fraction: float | None = Field(
+        default=None, gt=0, lt=1, description="Or this share of the training rows, by seed."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="FVLM's name of a column: the file's name of it, as in {prompt: question, images: photo}. FVLM's "
         "names are messages, conversations, prompt, completion, images, image.",
     )
     image_folder: str | None = Field(
-        None, description="Relative image paths start here. Default: the folder of the file that names them."
+        default=None, description="Relative image paths start here. Default: the folder of the file that names them."
     )
-    caption_prompt: str = Field("Describe this image.", description="What is asked about the images of a folder.")
-    limit: int | None = Field(None, ge=1, description="Use only the first rows.")
-    train_on_responses_only: bool = Field(False, description="Only the assistant's words are trained.")
-    instruction_part: str | None = Field(None, description="What starts a user turn, where the template marks none.")
-    response_part: str | None = Field(None, description="What starts an assistant turn, where the template marks none.")
+    caption_prompt: str = Field(
+        default="Describe this image.", description="What is asked about the images of a folder."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Use only the first rows.")
+    train_on_responses_only: bool = Field(default=False, description="Only the assistant's words are trained.")
+    instruction_part: str | None = Field(
+        default=None, description="What starts a user turn, where the template marks none."
+    )
+    response_part: str | None = Field(
+        default=None, description="What starts an assistant turn, where the template marks none."
+    )
     overflow: Literal["truncate", "skip", "error"] = Field(
-        "truncate", description="What happens to a sample over model.max_seq_length; no image is ever cut."
+        default="truncate", description="What happens to a sample over model.max_seq_length; no image is ever cut."
     )
     resize: int | list[int] | Literal["min", "max"] | None = Field(
-        None,
+        default=None,
         description="Longest side in pixels, [width, height], min (the model's own size) or max. Default: images keep "
         "their size.",
     )
-    min_pixels: int | None = Field(None, ge=1, description="Smaller images (width × height) are enlarged to this.")
-    max_pixels: int | None = Field(None, ge=1, description="Larger images (width × height) are shrunk to this.")
-    max_image_pixels: int | None = Field(
-        None, ge=1, description="Larger images are refused before they are decoded. Default: about 89 million."
+    min_pixels: int | None = Field(
+        default=None, ge=1, description="Smaller images (width × height) are enlarged to this."
     )
-    allow_urls: bool = Field(False, description="Fetch images from http and https addresses.")
+    max_pixels: int | None = Field(default=None, ge=1, description="Larger images (width × height) are shrunk to this.")
+    max_image_pixels: int | None = Field(
+        default=None, ge=1, description="Larger images are refused before they are decoded. Default: about 89 million."
+    )
+    allow_urls: bool = Field(default=False, description="Fetch images from http and https addresses.")
 
 
 class TrainSection(Section):
     """How it is trained: the names are TRL's."""
 
-    per_device_train_batch_size: int = Field(2, ge=1, description="Samples a step and device.")
-    per_device_eval_batch_size: int = Field(2, ge=1, description="The same in evaluation.")
-    gradient_accumulation_steps: int = Field(4, ge=1, description="Batches that make one optimizer step.")
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the data, unless max_steps is given.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps.")
-    learning_rate: float = Field(2e-4, gt=0, description="Its peak.")
-    lr_scheduler_type: str = Field("linear", description="As in transformers: linear, cosine, constant, …")
-    warmup_steps: float = Field(5, ge=0, description="Steps of warm-up; below 1, the share of all steps.")
-    weight_decay: float = Field(0.01, ge=0, description="Of the optimizer.")
-    optim: str = Field("adamw_torch", description="As in transformers: adamw_torch, adamw_8bit, …")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    seed: int = Field(3407, ge=0, description="Of the order of the data and of dropout.")
-    logging_steps: int = Field(1, ge=1, description="Steps between reports of the loss.")
-    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: after each epoch.")
-    save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: after each epoch.")
-    save_total_limit: int | None = Field(2, ge=1, description="Checkpoints kept; the oldest go first.")
-    dataloader_num_workers: int = Field(0, ge=0, description="Processes that prepare batches.")
-    report_to: str | list[str] = Field("none", description="tensorboard, wandb, trackio, … as in transformers.")
-    run_name: str | None = Field(None, description="The run's name there.")
+    per_device_train_batch_size: int = Field(default=2, ge=1, description="Samples a step and device.")
+    per_device_eval_batch_size: int = Field(default=2, ge=1, description="The same in evaluation.")
+    gradient_accumulation_steps: int = Field(default=4, ge=1, description="Batches that make one optimizer step.")
+    num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the data, unless max_steps is given.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="Its peak.")
+    lr_scheduler_type: str = Field(default="linear", description="As in transformers: linear, cosine, constant, …")
+    warmup_steps: float = Field(default=5, ge=0, description="Steps of warm-up; below 1, the share of all steps.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Of the optimizer.")
+    optim: str = Field(default="adamw_torch", description="As in transformers: adamw_torch, adamw_8bit, …")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
+    seed: int = Field(default=3407, ge=0, description="Of the order of the data and of dropout.")
+    logging_steps: int = Field(default=1, ge=1, description="Steps between reports of the loss.")
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="Steps between evaluations. Default: after each epoch."
+    )
+    save_steps: int | None = Field(
+        default=None, ge=1, description="Steps between checkpoints. Default: after each epoch."
+    )
+    save_total_limit: int | None = Field(default=2, ge=1, description="Checkpoints kept; the oldest go first.")
+    dataloader_num_workers: int = Field(default=0, ge=0, description="Processes that prepare batches.")
+    report_to: str | list[str] = Field(default="none", description="tensorboard, wandb, trackio, … as in transformers.")
+    run_name: str | None = Field(default=None, description="The run's name there.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other argument of trl.SFTConfig, by its name.")
 
 
 class SaveSection(Section):
     """What is left when it is done."""
 
-    output_dir: str = Field("fvlm-run", min_length=1, description="Where everything goes. It must be new or empty.")
-    overwrite: bool = Field(False, description="Replace what an earlier run left in output_dir.")
-    merge: MergeMethod | None = Field(None, description="Also save the merged model, in output_dir/merged.")
+    output_dir: str = Field(
+        default="fvlm-run", min_length=1, description="Where everything goes. It must be new or empty."
+    )
+    overwrite: bool = Field(default=False, description="Replace what an earlier run left in output_dir.")
+    merge: MergeMethod | None = Field(default=None, description="Also save the merged model, in output_dir/merged.")
 
 
 class TrainConfig(Section):

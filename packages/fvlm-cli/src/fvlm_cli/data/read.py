@@ -12,7 +12,7 @@ from fvlm_cli.config.schema import DataSection
 from fvlm_cli.data.files import read_file
 from fvlm_cli.data.folder import read_folder
 from fvlm_cli.data.images import check_images, resolve_images
-from fvlm_cli.data.row import Row, locate
+from fvlm_cli.data.row import Row
 from fvlm_core.errors import ConfigError, DataError
 
 NAMES = ("messages", "conversations", "prompt", "completion", "images", "image")
@@ -77,9 +77,9 @@ def _check(row: Row) -> None:
     from fvlm_vision.samples import read_sample
 
     try:
-        conversation = read_sample(row.sample, 0)
+        conversation = read_sample(row.sample)
     except DataError as error:
-        raise locate(error, [row]) from None
+        raise row.refuse(error.reason) from None
     check_images(row, conversation.images)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _SETTLED = frozenset(
     {
         "output_dir", "do_train", "do_eval", "do_predict", "eval_strategy", "save_strategy", "resume_from_checkpoint",
-        "disable_tqdm", "max_length", "gradient_checkpointing", "model_init_kwargs", "trust_remote_code", "hub_token",
+        "disable_tqdm", "bf16", "fp16", "max_length", "gradient_checkpointing", "model_init_kwargs", "trust_remote_code",
+        "hub_token",
     }
 )  # fmt: skip
 
@@ -34,6 +35,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) 
         ConfigError: `train.extra` has a name that SFTConfig does not know or that another key settles, or SFTConfig
             refuses a value.
     """
+    import torch
     from trl import SFTConfig
 
     train = config.train
@@ -47,13 +49,18 @@ def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) 
         "save_strategy": "epoch" if train.save_steps is None else "steps",
         "eval_strategy": "no" if not evaluates else "epoch" if train.eval_steps is None else "steps",
         "disable_tqdm": True,
+        # The trainer sets both by what the model is; SFTConfig's own default raises on a CPU.
+        "bf16": False,
+        "gradient_checkpointing": False,
     }
     if train.save_steps is not None:
         arguments["save_steps"] = train.save_steps
     if train.eval_steps is not None:
         arguments["eval_steps"] = train.eval_steps
+    if not torch.cuda.is_available():
+        arguments["dataloader_pin_memory"] = False  # there is nothing to pin it for, as torch would warn
     try:
-        return SFTConfig(**arguments, **train.extra)
+        return SFTConfig(**{**arguments, **train.extra})
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"the train section cannot be used: {' '.join(str(error).split())}") from None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
+
 from fvlm_cli.config.schema import LoraSection, ModelSection, TrainConfig
 from fvlm_cli.data.row import Row, locate
 from fvlm_cli.training.arguments import training_arguments
@@ -14,7 +16,7 @@ from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-_PRECISIONS: dict[str | None, dict[str, bool]] = {
+_PRECISIONS: dict[str | None, dict[str, Any]] = {
     None: {},
     "4bit": {"load_in_4bit": True},
     "8bit": {"load_in_8bit": True},
@@ -23,16 +25,16 @@ _PRECISIONS: dict[str | None, dict[str, bool]] = {
 }
 
 
-def load(config: TrainConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(config: TrainConfig) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """Load the model and its processor, with adapters on it unless all of it is trained.
 
     Raises:
         ConfigError, CheckpointError: the model cannot be loaded or adapted as the config says.
     """
-    from peft import PeftModel
-
     section = config.model
-    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    options: dict[str, Any] = {}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
     model, processor = FastVisionModel.from_pretrained(
         section.name,
         max_seq_length=section.max_seq_length,
@@ -47,16 +49,14 @@ def load(config: TrainConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     )
     if isinstance(model, PeftModel):
         if "lora" in config.model_fields_set:
-            raise ConfigError(
-                f"model.name={section.name!r} is an adapter, which is trained as it is: leave lora out."
-            )
+            raise ConfigError(f"model.name={section.name!r} is an adapter, which is trained as it is: leave lora out.")
     elif section.precision != "full":
         model = adapt(model, config.lora, section)
     FastVisionModel.for_training(model)
     return model, processor
 
 
-def adapt(model: PreTrainedModel, lora: LoraSection, section: ModelSection) -> PreTrainedModel:
+def adapt(model: PreTrainedModel, lora: LoraSection, section: ModelSection) -> PeftModel:
     """Put the config's adapters on a model.
 
     Raises:
@@ -68,15 +68,14 @@ def adapt(model: PreTrainedModel, lora: LoraSection, section: ModelSection) -> P
     for name in optional:  # left to PEFT's own defaults
         if given[name] is None:
             del given[name]
-    adapted: PreTrainedModel = FastVisionModel.get_peft_model(
+    return FastVisionModel.get_peft_model(
         model, **given, **renamed, use_gradient_checkpointing=section.gradient_checkpointing
     )
-    return adapted
 
 
 def build_trainer(
     config: TrainConfig,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     processor: ProcessorMixin,
     train: list[Row],
     evaluate: list[Row],
@@ -88,9 +87,10 @@ def build_trainer(
         ConfigError: an argument of the data or train section cannot be used.
     """
     data = config.data
-    limit = {} if data.max_image_pixels is None else {"max_image_pixels": data.max_image_pixels}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    limit: dict[str, Any] = {} if data.max_image_pixels is None else {"max_image_pixels": data.max_image_pixels}
     collator = FastVisionDataCollator(
-        model,
+        base,
         processor,
         train_on_responses_only=data.train_on_responses_only,
         instruction_part=data.instruction_part,

@@ -13,7 +13,7 @@ from fvlm_cli.output import Output
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruption(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped
+class Interruption(TrainerCallback):
     """A trainer callback and a context: within it the signals are held back until a step has ended."""
 
     def __init__(self, out: Output) -> None:

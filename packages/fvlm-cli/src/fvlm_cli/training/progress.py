@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fvlm_cli.bars import progress_bar
 from fvlm_cli.output import Output
-
-Item = TypeVar("Item")
 
 _SHOWN = ("loss", "learning_rate", "eval_loss")
 
 
-def _bar(out: Output) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    return Progress(*columns, console=out.stderr, disable=not out.interactive)
-
-
-def track(out: Output, rows: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Pass rows on while a bar shows how many."""
-    with _bar(out) as bar:
-        task = bar.add_task(what, total=total, note="")
-        for row in rows:
-            yield row
-            bar.advance(task)
-
-
-class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped
+class TrainingProgress(TrainerCallback):
     """Shows steps, loss, learning rate and the time left."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
-        self._bar = _bar(out)
+        self._bar = progress_bar(out)
         self._task: Any = None
         self._start = 0.0
         self._first_step = 0

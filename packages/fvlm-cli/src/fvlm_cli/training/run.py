@@ -6,19 +6,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fvlm_cli.bars import track
 from fvlm_cli.config.schema import TrainConfig
 from fvlm_cli.data.read import read_data
 from fvlm_cli.data.row import Row, locate
 from fvlm_cli.output import Output
-from fvlm_cli.training.build import RunTrainer, build_trainer, load
-from fvlm_cli.training.interrupt import Interruption
-from fvlm_cli.training.progress import TrainingProgress, track
 from fvlm_cli.training.resume import last_complete
 from fvlm_cli.training.run_folder import RunFolder, whole
 from fvlm_cli.versions import versions
 from fvlm_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fvlm_cli.training.build import RunTrainer
 
 
 def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
@@ -52,6 +53,9 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     }
     folder.write_record(record)
     out.note(f"loading {config.model.name}")
+    from fvlm_cli.training.build import build_trainer, load  # torch and all: only once the data are known to be good
+
+    _quiet_libraries(out)
     model, processor = load(config)
     _describe(model, out)
     trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
@@ -84,6 +88,15 @@ def _checkpoint(folder: RunFolder, out: Output) -> Path:
     return checkpoint
 
 
+def _quiet_libraries(out: Output) -> None:
+    """Keep transformers' own bars and remarks out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not out.debug:
+        logging.set_verbosity_error()
+
+
 def _describe(model: Any, out: Output) -> None:
     trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     out.note(f"training {trained:,} of {total:,} parameters")
@@ -92,6 +105,9 @@ def _describe(model: Any, out: Output) -> None:
 def _train(trainer: RunTrainer, rows: list[Row], checkpoint: Path | None, out: Output) -> bool:
     """Train to the end or to an interruption; return whether it was the latter."""
     from transformers import PrinterCallback, ProgressCallback
+
+    from fvlm_cli.training.interrupt import Interruption
+    from fvlm_cli.training.progress import TrainingProgress
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -128,6 +144,12 @@ def _save(config: TrainConfig, folder: RunFolder, model: Any, processor: Any, ou
     out.note(f"saved {final}")
     if config.save.merge is not None:
         out.note(f"merging into {folder.merged}")
-        model.save_pretrained_merged(folder.merged, processor, save_method=config.save.merge)
+        model.save_pretrained_merged(
+            folder.merged,
+            processor,
+            save_method=config.save.merge,
+            progress=out.interactive,
+            overwrite=True,  # prepare() has settled that; a resumed run replaces what it left before
+        )
         saved["merged_dir"] = str(folder.merged)
     return saved

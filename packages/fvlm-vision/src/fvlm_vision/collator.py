@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fvlm_core.arch import facts_for, task_model
+from fvlm_core.arch import facts_for, media_token_ids, task_model
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
 from fvlm_vision.labels import make_labels, response_marks
 from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
-from fvlm_vision.media_tokens import media_text_pattern, media_token_ids
+from fvlm_vision.media_tokens import media_text_pattern
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
 from fvlm_vision.resize import patch_grid, resize_policy
 from fvlm_vision.rows import NumberedSample
@@ -103,7 +103,8 @@ class FastVisionDataCollator:
         self.pad_to_multiple_of = positive("pad_to_multiple_of", pad_to_multiple_of)
         self.overflow = overflow
         self.overflow_counts = OverflowCounts()
-        self.media_ids = media_token_ids(model.config, processor)
+        facts = facts_for(model)
+        self.media_ids = media_token_ids(facts, model.config, processor).all
         self.keeps_empty_batches = False  # set by FastVisionTrainer, which can go on after a batch of skipped samples
         self._reader = ImageReader(
             positive("max_image_pixels", max_image_pixels) or MAX_IMAGE_PIXELS, allow_urls, url_limits
@@ -116,8 +117,7 @@ class FastVisionDataCollator:
             grid=patch_grid(processor.image_processor),
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
-        planner = facts_for(model).planner
-        self._plan = None if planner is None else planner(task_model(model))
+        self._plan = None if facts.planner is None else facts.planner(task_model(model))
         self._renderer = Renderer(processor, train_on_responses_only, marks)
         self._encoder = Encoder(processor, self.pad_to_multiple_of)
         self._media_text = media_text_pattern(processor, self.media_ids)

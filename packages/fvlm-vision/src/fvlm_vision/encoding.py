@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fvlm_core.errors import ConfigError, DataError
-from fvlm_vision.spans import Span, move, tokens_in
+from fvlm_vision.spans import Span, insertion, move, tokens_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,11 +82,18 @@ class Encoder:
         if with_spans:
             offsets = _tensor(output["offset_mapping"])
             pieces = output.get("text_replacement_offsets") or [[] for _ in texts]
-            rows = zip(texts, offsets, pieces, strict=True)
-            trained = torch.stack([_trained_tokens(text, row, replaced) for text, row, replaced in rows])
+            laid_out = self._laid_out([text.text for text in texts], images)
+            rows = zip(texts, laid_out, offsets, pieces, strict=True)
+            trained = torch.stack([_trained_tokens(*row) for row in rows])
         shape = batch["input_ids"].shape
         per_token = tuple(n for n, t in batch.items() if t.shape[:2] == shape and n not in self._media_names)
         return Encoded(batch, trained, per_token)
+
+    def _laid_out(self, texts: list[str], images: Images) -> list[str]:
+        """Return the texts with what the family's processor inserts (PaliGemma a token after the images, for one)."""
+        sources: Any = [list(row) for row in images] if any(images) else None
+        laid_out = self.processor.prepare_inputs_layout(images=sources, text=list(texts))[1]
+        return texts if laid_out is None else list(laid_out)
 
     def _process(self, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any]:
         try:
@@ -110,11 +117,20 @@ class Encoder:
             output = self._call(processor, [texts[i] for i in order], [images[i] for i in order], with_spans)
         except _REFUSALS:
             return None
-        back = [order.index(row) for row in range(len(texts))]
-        tensors = {name: value if isinstance(value, list) else _tensor(value) for name, value in output.items()}
-        if any(len(value) != len(texts) for value in tensors.values()):
-            return None  # not one row for each sample: the order could not be restored
-        return {n: [v[i] for i in back] if isinstance(v, list) else v[back] for n, v in tensors.items()}
+        rows, with_images = len(texts), sum(map(bool, images))
+        back = [order.index(row) for row in range(rows)]
+        restored: dict[str, Any] = {}
+        for name, value in output.items():
+            if isinstance(value, list):
+                restored[name] = [value[place] for place in back]
+                continue
+            tensor = _tensor(value)
+            if len(tensor) == with_images:  # nothing was made for the samples without images, which come last
+                tensor = torch.cat([tensor, tensor.new_zeros(rows - with_images, *tensor.shape[1:])])
+            if len(tensor) != rows:
+                return None  # not one row for each sample: the order could not be restored
+            restored[name] = tensor[back]
+        return restored
 
     def _call(self, processor: ProcessorMixin, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any]:
         text_kwargs: dict[str, Any] = {"padding": True, "padding_side": "right"}
@@ -136,15 +152,18 @@ def _tensor(value: Any) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
 
 
-def _trained_tokens(text: Rendered, offsets: torch.Tensor, replacements: list[dict[str, Any]]) -> torch.Tensor:
+def _trained_tokens(
+    text: Rendered, laid_out: str, offsets: torch.Tensor, replacements: list[dict[str, Any]]
+) -> torch.Tensor:
+    """Return which tokens lie in the text's trained spans, after insertions and then replacements moved them."""
     if text.trained is None:
         return torch.ones(len(offsets), dtype=torch.bool)
     pieces: list[tuple[Span, Span]] = [(tuple(piece["span"]), tuple(piece["new_span"])) for piece in replacements]
-    ((length, _),) = move([(len(text.text), len(text.text))], pieces)
-    if int(offsets.max()) > length:
+    ((length, _),) = move([(len(laid_out), len(laid_out))], pieces)
+    inserted = insertion(text.text, laid_out)
+    if inserted is None or int(offsets.max()) > length:
         raise ConfigError(
             "this processor does not tell where it put its media, so part of a sample cannot be trained alone; train "
-            "on "
-            "whole conversations."
+            "on whole conversations."
         )
-    return tokens_in(move(text.trained, pieces), offsets)
+    return tokens_in(move(move(text.trained, [inserted]), pieces), offsets)

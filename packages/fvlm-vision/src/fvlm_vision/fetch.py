@@ -9,7 +9,7 @@ import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPMessage
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from fvlm_core.errors import DataError
 
@@ -30,14 +30,17 @@ class FetchLimits:
 
 
 class _WebRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to HTTP(S) only: urllib's own handler would also go to FTP."""
+    """Follows redirects to HTTP(S) only, and says so: urllib's own handler would also go to FTP."""
 
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        if urlsplit(newurl).scheme not in ("http", "https"):
-            raise DataError(f"the image address {req.full_url!r} redirects to {newurl!r}, which is not HTTP(S).")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage
+    ) -> Any:
+        target = urljoin(req.full_url, headers.get("location", ""))
+        if urlsplit(target).scheme not in ("http", "https"):
+            raise DataError(f"the image address {req.full_url!r} redirects to {target!r}, which is not HTTP(S).")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _opener() -> urllib.request.OpenerDirector:

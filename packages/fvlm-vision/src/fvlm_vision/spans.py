@@ -55,6 +55,20 @@ def move(spans: Sequence[Span], replacements: Sequence[tuple[Span, Span]]) -> li
     return [(moved(start), moved(end)) for start, end in spans]
 
 
+def insertion(before: str, after: str) -> tuple[Span, Span] | None:
+    """Return where `after` has a piece inserted into `before`, as `move` takes it; None when that is not what it is.
+
+    Text may also have been added at the end.
+    """
+    at = 0
+    while at < min(len(before), len(after)) and before[at] == after[at]:
+        at += 1
+    for length in range(len(after) - len(before) + 1):
+        if after.startswith(before[at:], at + length):
+            return (at, at), (at, at + length)
+    return None
+
+
 def tokens_in(spans: Sequence[Span], offsets: torch.Tensor) -> torch.Tensor:
     """Return which tokens have a character in one of the spans.
 

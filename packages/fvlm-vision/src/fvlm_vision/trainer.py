@@ -199,7 +199,14 @@ def _collator(
             )
         if formatting_func is not None:
             raise ConfigError("formatting_func is given beside a data_collator; give it to the collator.")
-    return collator.keeping_empty_batches() if isinstance(collator, FastVisionDataCollator) else collator
+    if not isinstance(collator, FastVisionDataCollator):
+        return collator
+    if collator.ignore_index != -100:
+        raise ConfigError(
+            f"ignore_index={collator.ignore_index} in the collator is not -100, which is what models leave out of "
+            "the loss."
+        )
+    return collator.keeping_empty_batches()
 
 
 def _eval_rows(eval_dataset: Any) -> Any:

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.collator import FastVisionDataCollator
+from fvlm_vision.labels import make_labels
+from fvlm_vision.render import ResponseMarks, response_spans
+from fvlm_vision.spans import complement, insertion, intersect, move, tokens_in
+
+USER_MARK, REPLY_MARK = "<|im_start|>user\n", "<|im_start|>assistant\n"
+
+
+def learned(collator, sample) -> str:
+    """What the labels of a one-sample batch spell."""
+    row = collator([sample])["labels"][0]
+    return collator.processor.tokenizer.decode(row[row != -100])
+
+
+def turns(*texts, **flags):
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]}
+
+
+@pytest.fixture
+def parts(shared_model_of, processor_of):
+    return shared_model_of("qwen2_vl"), processor_of("qwen2_vl")
+
+
+def test_spans():
+    assert intersect([(0, 5), (8, 12)], [(3, 9)]) == [(3, 5), (8, 9)]
+    assert complement([(2, 4), (4, 6)], 8) == [(0, 2), (6, 8)]
+    assert move([(0, 1), (2, 6), (7, 9)], [((3, 5), (3, 10))]) == [(0, 1), (2, 11), (12, 14)]
+    assert insertion("ab", "ab") == ((2, 2), (2, 2))
+    assert insertion("<i><i>text", "<i><i><bos>text\n") == ((6, 6), (6, 11))
+    assert insertion("ab", "ba") is None
+    offsets = torch.tensor([[0, 0], [0, 3], [3, 3], [3, 5], [5, 9]])
+    assert tokens_in([(3, 5)], offsets).tolist() == [False, False, True, True, False]
+
+
+def test_padding_is_told_by_the_mask_and_not_by_its_id():
+    ids = torch.tensor([[5, 2, 9, 2, 2]])  # 2 ends turns and pads
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    assert make_labels(ids, mask, {9}, None, -100).tolist() == [[5, 2, -100, 2, -100]]
+
+
+def test_response_spans_by_marks():
+    text = "U:q A:one U:q A:two A:three"
+    spans = response_spans(text, ResponseMarks("U:", "A:"))
+    assert [text[a:b] for a, b in spans] == ["one ", "two ", "three"]
+
+
+def test_every_text_token_is_learned_by_default_and_no_media(parts, ask):
+    collator = FastVisionDataCollator(*parts)
+    batch = collator([ask(images=2), ask(images=0)])
+    ids, labels = batch["input_ids"], batch["labels"]
+    specials = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    media = torch.isin(ids, torch.tensor(collator.processor.tokenizer.convert_tokens_to_ids(specials)))
+    assert media.any()
+    torch.testing.assert_close(labels == -100, media | (batch["attention_mask"] == 0))
+    assert torch.equal(labels[labels != -100], ids[labels != -100])
+
+
+@pytest.mark.parametrize("by_marks", [False, True])
+def test_only_responses_are_learned(parts, ask, by_marks):
+    marks = {"instruction_part": USER_MARK, "response_part": REPLY_MARK} if by_marks else {}
+    collator = FastVisionDataCollator(*parts, train_on_responses_only=True, **marks)
+    sample = ask("total 7", images=2)
+    sample["messages"] += turns("And the date?", "page 3")["messages"]
+    # The template's own marks leave out the newline that follows a turn's end.
+    expected = "total 7<|im_end|>\npage 3<|im_end|>\n" if by_marks else "total 7<|im_end|>page 3<|im_end|>"
+    assert learned(collator, sample) == expected
+
+
+def test_marks_are_found_whatever_surrounds_them(parts):
+    """A mark without special tokens is tokenized together with its neighbours; the text is searched, not the tokens."""
+    model, processor = parts
+    processor.chat_template = (
+        "{% for m in messages %}{{ 'ASK:' if m.role == 'user' else 'SAY:' }}{{ m.content }}{% endfor %}"
+    )
+    collator = FastVisionDataCollator(
+        model, processor, train_on_responses_only=True, instruction_part="ASK:", response_part="SAY:"
+    )
+    assert learned(collator, turns("total", "12ASKed", "q", "SAYing 5")) == "12ASKedSAYing 5"
+
+
+def test_prompt_and_completion_learns_the_completion(parts, picture):
+    collator = FastVisionDataCollator(*parts)
+    sample = {"prompt": "What is it?", "completion": "invoice 9", "images": [picture()]}
+    assert learned(collator, sample) == "invoice 9<|im_end|>\n"
+    prompt, completion = turns("q", "a", "q2")["messages"], [{"role": "assistant", "content": "b"}]
+    assert learned(collator, {"prompt": prompt, "completion": completion}) == "b<|im_end|>\n"
+
+
+def test_messages_with_train_false_are_not_learned(parts):
+    sample = turns("one?", "first", "two?", "second")
+    sample["messages"][1]["train"] = False
+    whole = learned(FastVisionDataCollator(*parts), sample)
+    assert "first" not in whole
+    assert all(text in whole for text in ("one?", "two?", "second"))
+    assert learned(FastVisionDataCollator(*parts, train_on_responses_only=True), sample) == "second<|im_end|>"
+
+
+def test_nothing_to_learn_is_an_error(parts):
+    sample = turns("one?", "first")
+    sample["messages"][1]["train"] = False
+    with pytest.raises(DataError, match="nothing of a sample would be trained"):
+        FastVisionDataCollator(*parts, train_on_responses_only=True)([sample])
+    sample["messages"][0]["train"] = False
+    with pytest.raises(DataError, match='every message of a sample has "train": false'):
+        FastVisionDataCollator(*parts)([sample])
+    with pytest.raises(DataError, match="opens no response"):
+        FastVisionDataCollator(
+            *parts, train_on_responses_only=True, instruction_part="### Ask", response_part="### Say"
+        )([turns("q", "a")])
+
+
+def test_responses_need_marks_from_one_side(parts):
+    model, processor = parts
+    processor.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match="pass instruction_part and response_part"):
+        FastVisionDataCollator(model, processor, train_on_responses_only=True)
+    with pytest.raises(ConfigError, match="response_part=None"):
+        FastVisionDataCollator(model, processor, train_on_responses_only=True, instruction_part="user:")
+    with pytest.raises(ConfigError, match="do nothing without"):
+        FastVisionDataCollator(model, processor, instruction_part="user:", response_part="assistant:")
+
+
+def test_a_base_model_without_template_learns_completion_and_end(parts, picture):
+    model, processor = parts
+    processor.chat_template = processor.tokenizer.chat_template = None
+    collator = FastVisionDataCollator(model, processor)
+    sample = {"prompt": "<image>total:", "completion": "12", "images": [picture()]}
+    assert learned(collator, sample) == "12<|im_end|>"
+    with pytest.raises(DataError, match="no chat template"):
+        collator([turns("q", "a")])

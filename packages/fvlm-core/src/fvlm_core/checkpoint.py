@@ -45,8 +45,12 @@ class Source:
         given = {"revision": self.revision, "token": self.token}
         return {**self.hub, **{key: value for key, value in given.items() if value is not None}}
 
-    def file(self, name: str) -> Path | None:
+    def file(self, name: str, required: bool = False) -> Path | None:
         """The path of one file of the checkpoint, downloaded if need be; None if the checkpoint has none.
+
+        Args:
+            name: the file's name.
+            required: whether it is an error that the Hub cannot be asked; otherwise what is not cached is not there.
 
         Raises:
             CheckpointError: the repository or the revision cannot be reached.
@@ -56,8 +60,12 @@ class Source:
             return path if path.is_file() else None
         from transformers.utils import cached_file
 
+        flags = {
+            "_raise_exceptions_for_missing_entries": required,
+            "_raise_exceptions_for_connection_errors": required,
+        }
         try:
-            found = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.options)
+            found = cached_file(self.name, name, **flags, **self.options)
         except OSError as error:
             raise CheckpointError(
                 f"{self.name!r} is no folder here and cannot be had from the Hub{self._at_revision()} "
@@ -65,13 +73,13 @@ class Source:
             ) from None
         return None if found is None else Path(found)
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """One JSON file of the checkpoint; None if it has none.
+    def json(self, name: str, required: bool = False) -> dict[str, Any] | None:
+        """One JSON file of the checkpoint; None if it has none (see `file`).
 
         Raises:
-            CheckpointError: the file is not a JSON object.
+            CheckpointError: the file is not a JSON object, or the repository cannot be reached.
         """
-        path = self.file(name)
+        path = self.file(name, required)
         if path is None:
             return None
         try:
@@ -117,7 +125,7 @@ def read_config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
     """
     from transformers import CONFIG_MAPPING
 
-    config = source.json(CONFIG)
+    config = source.json(CONFIG, required=True)
     if config is None:
         raise CheckpointError(
             f"{source.name!r} has no {CONFIG}, so it is no model checkpoint: pass a folder that save_pretrained wrote."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ from fvlm_core.precision import Precision, choose_dtype
 from fvlm_core.quantized import (
     adopt_stored_quantization,
     build_skeleton,
+    cast_unquantized,
     quantization,
     settle_precision,
     stored_precision,
@@ -91,6 +93,8 @@ def load_model(
     model = _read_weights(
         source, config, dtype=chosen_dtype, device_map=placed, trust_remote_code=trust_remote_code, **options
     )
+    if stored is not None:
+        cast_unquantized(model, chosen_dtype)
     model.requires_grad_(settled is Precision.FULL)
     if "attn_implementation" not in options:
         _attend_packed(model)
@@ -116,7 +120,7 @@ def check_options(kwargs: dict[str, Any]) -> None:
     for name in kwargs:
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(sorted(known))}."
+            hint = f"the nearest one is {near[0]!r}." if near else f"known options are {', '.join(sorted(known))}."
             raise ConfigError(f"{name!r} is not an option of loading a model: {hint}")
 
 
@@ -151,11 +155,19 @@ def _check_task(config: PreTrainedConfig, source: Source) -> None:
 
 
 def _unquantized(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What transformers is told not to quantize.
+
+    It takes a name as a regular expression from the start of a module's name, so that ``mlp.gate`` would take
+    ``mlp.gate_proj`` with it. The written facts name whole towers, which nothing else starts like (tested for every
+    family); what is derived for other models is closed off.
+    """
     from fvlm_core.arch import facts_by_type, facts_for
 
-    facts = facts_by_type(config.model_type) or facts_for(build_skeleton(config))
-    unquantized: tuple[str, ...] = facts.unquantized
-    return unquantized
+    vision_type = config.vision_config.model_type if "vision_config" in config.sub_configs else None
+    facts = facts_by_type(config.model_type, vision_type)
+    if facts is not None:
+        return facts.unquantized
+    return tuple(rf"{re.escape(name)}(\.|$)" for name in facts_for(build_skeleton(config)).unquantized)
 
 
 def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

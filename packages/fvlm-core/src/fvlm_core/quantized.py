@@ -119,6 +119,23 @@ def adopt_stored_quantization(
     }
 
 
+def cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold in ``dtype`` what an already-quantized checkpoint stores unquantized.
+
+    transformers leaves a tensor of such a checkpoint in its stored dtype if its name was changed on loading, as those
+    of older layouts are. What the model keeps in float32 in any case stays there.
+    """
+    from bitsandbytes.nn import Int8Params, Params4bit
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    kept = build_glob_alternation(list(plan))[0] if plan else None
+    for name, parameter in model.named_parameters():
+        quantized = isinstance(parameter, Params4bit | Int8Params)
+        if not quantized and parameter.is_floating_point() and not (kept and kept.search(name)):
+            parameter.data = parameter.data.to(dtype)
+
+
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of ``config`` without memory for its weights."""
     import torch

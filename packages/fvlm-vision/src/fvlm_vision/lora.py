@@ -62,7 +62,7 @@ def check_lora_options(options: dict[str, Any]) -> None:
         if name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             raise ConfigError(f"{name!r} is not taken: choose modules by target_modules or finetune_last_n_layers.")
         near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(known)}."
+        hint = f"the nearest one is {near[0]!r}." if near else f"known options are {', '.join(known)}."
         raise ConfigError(f"{name!r} is not an option of get_peft_model: {hint}")
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 import pytest
 import torch
-from fvlm_core.testing import FAMILIES, tiny_checkpoint
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from fvlm_core.testing import FAMILIES, tiny_checkpoint
 
 MERGED = ["q_proj", "v_proj", "down_proj", "up_proj"]
 
@@ -47,7 +47,9 @@ class Tools:
         with torch.no_grad():
             for param in model.parameters():
                 if param.requires_grad:
-                    param += torch.randn(param.shape, generator=generator).to(param) * size * max(float(param.std()), 0.1)
+                    param += (
+                        torch.randn(param.shape, generator=generator).to(param) * size * max(float(param.std()), 0.1)
+                    )
         return model
 
     def inputs(self, folder: Path) -> dict[str, torch.Tensor]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fvlm_core.testing import FAMILIES
-from fvlm_export import read_report, save_pretrained_merged
 from peft import PeftModel
 from safetensors.torch import load_file
+
+from fvlm_core.testing import FAMILIES
+from fvlm_export import read_report, save_pretrained_merged
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

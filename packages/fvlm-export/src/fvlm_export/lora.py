@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from fvlm_core.checkpoint import find_source
+from fvlm_core.checkpoint import find_source, weight_files
 from fvlm_core.errors import ConfigError, ExportError
 from fvlm_core.origin import origin_of
 from fvlm_export.adapter_folder import CONFIG, WEIGHTS, is_adapter, read_adapter_config
+from fvlm_export.base_check import fingerprint
 from fvlm_export.beside import write_card, write_processor
 from fvlm_export.record import MergeReport, versions
 from fvlm_export.safetensor_file import SafetensorFile
@@ -59,6 +60,13 @@ def save_lora(model_or_adapter_dir: Any, output: Path, processor: Any, *, overwr
         report.write(folder)
         work.publish()
     return output
+
+
+def _base_fingerprint(base: str | None) -> str | None:
+    """Return the fingerprint of a local base, so that a later merge onto another one can be refused."""
+    if not base or not Path(base).is_dir():
+        return None
+    return fingerprint(weight_files(find_source(base)))
 
 
 def _save_live(model: Any, folder: Path) -> None:

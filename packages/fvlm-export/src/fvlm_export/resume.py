@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from fvlm_export.changes import Addition, Change, LowRank, Replacement, Rows
 from fvlm_export.plan import Plan
 from fvlm_export.safetensor_file import WrittenFile, as_bytes
-from fvlm_export.work_folder import LOCK
 
 JOURNAL = ".journal.jsonl"
 

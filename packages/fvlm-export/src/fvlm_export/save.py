@@ -11,8 +11,10 @@ import torch
 
 from fvlm_core.errors import ConfigError
 from fvlm_export.build import Options, build
+from fvlm_export.from_folder import task_from_folder
+from fvlm_export.from_live import task_from_model
 from fvlm_export.plan import parse_size
-from fvlm_export.task import Task, task_from_folder, task_from_model
+from fvlm_export.task import Task
 from fvlm_export.work_folder import WorkFolder
 
 METHODS = ("merged_16bit", "merged_4bit", "lora")

@@ -51,7 +51,9 @@ class WorkFolder:
             self._lock = (self.path / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another run is writing output_dir={str(self.output)!r}; wait for it, or stop it.") from None
+            raise ConfigError(
+                f"another run is writing output_dir={str(self.output)!r}; wait for it, or stop it."
+            ) from None
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         return self

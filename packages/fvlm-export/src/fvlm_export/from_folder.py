@@ -1,0 +1,137 @@
+"""A merge from folders: an adapter and its base, read tensor by tensor; no model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fvlm_core.checkpoint import Source, find_source, read_config, weight_files
+from fvlm_core.errors import CheckpointError, ConfigError, ExportError
+from fvlm_export.adapter_folder import WEIGHTS, is_adapter, place_adapters, read_adapter_config
+from fvlm_export.adapters import base_changing, changes_of
+from fvlm_export.base_check import fingerprint
+from fvlm_export.bases import CheckpointBase
+from fvlm_export.changes import Change
+from fvlm_export.record import FILE, read_report
+from fvlm_export.skeleton import skeleton_of
+from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def task_from_folder(
+    folder: Path,
+    base: str | os.PathLike[str] | None,
+    adapters: Mapping[str, float] | None,
+    token: str | bool | None,
+    trust_remote_code: bool,
+) -> Task:
+    """Work out a merge from an adapter's folder, or an export of a model's folder.
+
+    Args:
+        folder: an adapter, or a model.
+        base: None or ``"original"``: the base that the adapter names; else a folder or Hub id.
+        adapters: see :func:`fvlm_export.save.save_pretrained_merged`.
+        token: for a base on the Hub.
+        trust_remote_code: whether the base may bring its own model class.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+        CheckpointError: a folder is missing or torn, or adapter and base do not fit.
+        ExportError: the base has the right shapes and is not the one that the adapter was trained on.
+    """
+    if base is not None and str(base) in (DEQUANTIZED, LIVE):
+        raise ConfigError(
+            f"base={str(base)!r} needs the live model: a folder does not hold what training saw; pass the model."
+        )
+    folders = _adapter_folders(folder, adapters)
+    source = _base_of(folder, folders, base, token)
+    raw = read_config(source, trust_remote_code)
+    skeleton = skeleton_of(_load_config(source, trust_remote_code), trust=trust_remote_code)
+    files = weight_files(source)
+    checkpoint = CheckpointBase(files, skeleton, None, config_dtype(raw, torch.float16))
+    changes: dict[str, list[Change]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    if folders:
+        for path in folders:
+            _check_adapter(path, files, source)
+        names = {f"adapter{number}": path for number, path in enumerate(folders)}
+        placed = place_adapters(names, skeleton, checkpoint.layout)
+        changes = placed.own_parameters()
+        for param, own in changes_of(placed.model, {name: folders[path] for name, path in names.items()}).items():
+            changes[param] = [*changes.get(param, []), *own]
+        facts = {path.name: {"weight": weight, "sha256": _sha256(path)} for path, weight in folders.items()}
+    if checkpoint.quantized:
+        onto, why = DEQUANTIZED, f"{Path(source.name).name} is itself quantized, so its weights are dequantized."
+    else:
+        onto, why = ORIGINAL, "The base checkpoint is not quantized, so its weights are used as they are."
+    files_from = [*(find_source(path) for path in folders), source]
+    return Task(checkpoint, changes, onto, why, raw, source, facts, files_from, trust=trust_remote_code)
+
+
+def _adapter_folders(folder: Path, adapters: Mapping[str, float] | None) -> dict[Path, float]:
+    if not folder.is_dir():
+        raise CheckpointError(f"model_or_adapter_dir={str(folder)!r}: there is no such folder; check the path.")
+    more = {Path(name): weight for name, weight in (adapters or {}).items()}
+    if not is_adapter(folder):
+        if more:
+            raise ConfigError(f"adapters= was given, but {str(folder)!r} is no adapter; pass an adapter, and base=.")
+        return {}
+    for path in more:
+        if not is_adapter(path):
+            raise ConfigError(f"adapters names {str(path)!r}, which holds no adapter_config.json; check the path.")
+    return more if folder in more else {folder: 1.0, **more}
+
+
+def _base_of(
+    folder: Path, folders: Mapping[Path, float], base: str | os.PathLike[str] | None, token: str | bool | None
+) -> Source:
+    if base is not None and str(base) != ORIGINAL:
+        return find_source(base, None, token)
+    if not folders:
+        return find_source(folder, None, token)
+    config = read_adapter_config(folder)
+    if not config.base_model_name_or_path:
+        raise ConfigError(f"{folder / 'adapter_config.json'} does not name its base; pass base=.")
+    try:
+        return find_source(config.base_model_name_or_path, config.revision, token)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base that {folder} names cannot be had ({error}); pass it as base=.") from None
+
+
+def _check_adapter(folder: Path, base_files: list[Path], source: Source) -> None:
+    init = read_adapter_config(folder).to_dict().get("init_lora_weights")
+    if base_changing(init):
+        raise ExportError(
+            f"the adapter in {folder} was initialized with {init!r}, which changed the base weights, and a folder does "
+            "not hold those; merge it from the live model."
+        )
+    if (folder / FILE).is_file():
+        recorded = read_report(folder).base_fingerprint
+        if recorded is not None and recorded != fingerprint(base_files):
+            raise ExportError(
+                f"{source.name!r} is not the base that the adapter in {folder} was trained on: the shapes fit, the "
+                f"weights differ; pass the right one as base=, or delete {FILE} there if this is meant."
+            )
+
+
+def _load_config(source: Source, trust: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.name, trust_remote_code=trust, **source.options)  # type: ignore[no-any-return]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"config.json of {source.name!r} cannot be used ({error}); get the checkpoint again."
+        ) from error
+
+
+def _sha256(folder: Path) -> str:
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -55,13 +55,13 @@ def probe(folder: Path, live: LiveModel, processor: Any, *, exact: bool, trust: 
     expected = _logits(live.outer, inputs, live.base.device)
     reloaded = _load(folder, device, trust)
     found = _logits(reloaded, inputs, device)
+    limit = _limit(live, reloaded.dtype) if exact else None
     del reloaded
     gc.collect()
     largest = float(expected.abs().max())
     error = float((found - expected).abs().max()) / largest
     if error != error:
         raise ExportError("the reloaded folder or the live model answers with NaN; nothing was left behind.")
-    limit = None if not exact else _limit(live)
     if limit is not None and error > limit:
         raise ExportError(
             f"the reloaded folder's logits are off by {error:.3g} of the largest, more than {limit:g}; nothing was left "
@@ -70,10 +70,11 @@ def probe(folder: Path, live: LiveModel, processor: Any, *, exact: bool, trust: 
     return {"error": error, "limit": limit, "image": "pixel_values" in inputs, "device": str(device)}
 
 
-def _limit(live: LiveModel) -> float:
+def _limit(live: LiveModel, written: torch.dtype) -> float:
+    """The coarser of what the live model computes in and what was written decides."""
     if live.quantized and not live.four_bit:
         return _INT8_LIMIT
-    return LIMITS.get(live.base.dtype, max(LIMITS.values()))
+    return max(LIMITS.get(dtype, max(LIMITS.values())) for dtype in (live.base.dtype, written))
 
 
 def _room(device: torch.device, size: int) -> torch.device | None:

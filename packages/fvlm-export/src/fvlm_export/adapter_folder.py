@@ -121,6 +121,9 @@ def _fill_base(peft: PeftModel) -> list[torch.nn.Parameter]:
                 empty = torch.zeros((), dtype=param.dtype).expand(param.shape)
                 module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
                 made.append(module._parameters[name])
+        for name, buffer in list(module._buffers.items()):  # e.g. what trained token rows were before training
+            if buffer is not None and buffer.device.type == "meta":
+                module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
     return made
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fvlm_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, find_source, tensor_names
 from fvlm_core.errors import CheckpointError
+from fvlm_vision.lora import freeze_other_biases
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,4 +88,6 @@ def attach_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> PeftModel:
             f"The adapter {adapter.source.name!r} and its base {adapter.base.name!r} disagree in {len(odd)} tensors, "
             f"such as {odd[0]!r}: check that the base is the one it was trained on."
         )
+    if any(config.bias == "all" for config in attached.peft_config.values()):
+        freeze_other_biases(attached)
     return attached

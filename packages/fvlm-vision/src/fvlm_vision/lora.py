@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import contextmanager
 from difflib import get_close_matches
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.errors import ConfigError
@@ -12,7 +13,7 @@ from fvlm_core.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 # Options of this package beside those of PEFT's LoraConfig.
@@ -31,7 +32,7 @@ _SETTLED = frozenset(
 _BIASES = ("none", "all", "lora_only")
 
 
-def check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, bias: Any, random_state: Any) -> None:
+def check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, bias: Any, random_state: Any, use_rslora: Any) -> None:
     """Check the LoRA arguments that PEFT would take without a word.
 
     Raises:
@@ -45,6 +46,8 @@ def check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, bias: Any, random_
         raise ConfigError(f"lora_dropout={lora_dropout!r} is not a dropout rate: pass a number from 0 to below 1.")
     if bias not in _BIASES:
         raise ConfigError(f"bias={bias!r} is not a choice of biases: pass one of {', '.join(map(repr, _BIASES))}.")
+    if not isinstance(use_rslora, bool):
+        raise ConfigError(f"use_rslora={use_rslora!r} is not a boolean: pass True or False.")
     if random_state is not None and (not _is_integer(random_state) or not 0 <= random_state < 2**63):
         raise ConfigError(f"random_state={random_state!r} is not a seed: pass a whole number of at least 0, or None.")
 
@@ -79,8 +82,9 @@ def build_lora_config(
         **options: further fields of LoraConfig.
 
     Raises:
-        ConfigError: PEFT refuses the combination, or LoftQ is asked for on quantized weights.
+        ConfigError: PEFT refuses the combination, or LoftQ is asked for on quantized weights or without a GPU.
     """
+    import torch
     from peft import LoraConfig
 
     if loftq_config:
@@ -95,6 +99,8 @@ def build_lora_config(
             "LoftQ quantizes the base weights itself, and this model's are quantized already: "
             "load it with load_in_16bit=True, or leave loftq_config out."
         )
+    if options.get("init_lora_weights") == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise ConfigError("LoftQ is computed on a GPU, and there is none here: leave loftq_config out.")
     try:
         return LoraConfig(target_modules=modules, task_type="CAUSAL_LM", revision=revision, **options)
     except (ImportError, TypeError, ValueError) as error:
@@ -115,12 +121,16 @@ def seeded(random_state: int | None, model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def freeze_biases(model: PreTrainedModel, towers: tuple[str, ...]) -> None:
-    """Freeze the biases below ``towers`` (module paths), which PEFT's ``bias="all"`` trains in the whole model."""
-    for tower in towers:
-        for name, parameter in model.get_submodule(tower).named_parameters():
-            if name.rpartition(".")[2] == "bias" and "lora_" not in name:
-                parameter.requires_grad_(False)
+def freeze_other_biases(model: PeftModel) -> None:
+    """Freeze the biases of the towers without an adapter, which PEFT's ``bias="all"`` would train too."""
+    from fvlm_core.arch import facts_for, plain_modules, tower_of
+
+    facts = facts_for(model)
+    towers = {tower_of(name, facts) for name in model.base_model.targeted_module_names}
+    for name, module in plain_modules(model):
+        bias = module._parameters.get("bias")
+        if bias is not None and tower_of(name, facts) not in towers:
+            bias.requires_grad_(False)
 
 
 def _lora_fields() -> set[str]:
@@ -134,7 +144,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _one_line(error: BaseException) -> str:

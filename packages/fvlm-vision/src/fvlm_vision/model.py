@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.arch import facts_for
 from fvlm_core.checkpoint import find_source
 from fvlm_core.checkpointing import apply_checkpointing, canonical_mode, remove_checkpointing
 from fvlm_core.errors import ConfigError
@@ -16,7 +15,7 @@ from fvlm_vision import modes
 from fvlm_vision.adapter import attach_adapter, find_adapter
 from fvlm_vision.binding import bind_methods
 from fvlm_vision.engine import attach_engine, check_engine, engine_options
-from fvlm_vision.lora import build_lora_config, check_lora_options, check_numbers, freeze_biases, seeded
+from fvlm_vision.lora import build_lora_config, check_lora_options, check_numbers, freeze_other_biases, seeded
 from fvlm_vision.processor import check_length, load_processor
 from fvlm_vision.targets import select_targets
 
@@ -161,7 +160,7 @@ class FastVisionModel:
             r: rank.
             lora_alpha: the adapters' product is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
             lora_dropout: dropout in front of the adapters, from 0 to below 1.
-            bias: ``"none"``, ``"all"`` (of the chosen towers) or ``"lora_only"``: which biases are trained.
+            bias: ``"none"``, ``"all"`` (of the towers with adapters) or ``"lora_only"``: which biases are trained.
             use_gradient_checkpointing: as in `from_pretrained`; this is the later word.
             random_state: seed of the adapters' initial weights; the global random state is left as it was. None: draw
                 from the global one.
@@ -177,18 +176,17 @@ class FastVisionModel:
         Raises:
             ConfigError: an argument cannot be used, the choice selects nothing, or the model cannot take an adapter.
         """
-        check_numbers(r, lora_alpha, lora_dropout, bias, random_state)
+        check_numbers(r, lora_alpha, lora_dropout, bias, random_state, use_rslora)
         check_lora_options(kwargs)
         canonical_mode(use_gradient_checkpointing)
         _check_base(model)
-        projector = kwargs.pop("finetune_projector_layers", False)
         selection = select_targets(
             model,
             vision=finetune_vision_layers,
             language=finetune_language_layers,
             attention=finetune_attention_modules,
             mlp=finetune_mlp_modules,
-            projector=projector,
+            projector=kwargs.pop("finetune_projector_layers", False),
             last_n_layers=kwargs.pop("finetune_last_n_layers", None),
             target_modules=kwargs.pop("target_modules", None),
         )
@@ -205,12 +203,9 @@ class FastVisionModel:
             use_rslora=use_rslora,
             **kwargs,
         )
-        facts = facts_for(model)
         adapted = _inject(model, config, random_state)
         if bias == "all":
-            chosen = {"vision": finetune_vision_layers, "language": finetune_language_layers, "projector": projector}
-            towers = {"vision": facts.vision, "language": facts.language, "projector": facts.projector}
-            freeze_biases(model, tuple(path for name, paths in towers.items() if not chosen[name] for path in paths))
+            freeze_other_biases(adapted)
         vars(adapted)["fvlm_targets"] = selection
         logger.info("LoRA of rank %d:\n%s", r, selection.table)
         bind_methods(adapted)

@@ -38,6 +38,11 @@ def load_processor(source: Source, adapter: SavedAdapter | None, trust_remote_co
             f"{source.name!r} has a {type(processor).__name__} and no processor for images: save the model's "
             "processor into the same folder."
         )
+    # Without its files transformers makes up a tokenizer that knows its special tokens and no others.
+    if len(processor.tokenizer) <= len(processor.tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{source.name!r} has a processor without its tokenizer's files: save the processor into that folder again."
+        )
     return processor
 
 

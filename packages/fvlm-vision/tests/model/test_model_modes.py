@@ -1,0 +1,70 @@
+"""Between training and inference, and back to exactly what was."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from fvlm_core import checkpointing_mode
+from fvlm_vision import FastVisionModel
+
+
+def state(model):
+    """Everything that the two switches touch."""
+    text = model.config.get_text_config()
+    return (
+        {name: module.training for name, module in model.named_modules()},
+        checkpointing_mode(model),
+        text.use_cache,
+        model.generation_config.use_cache,
+    )
+
+
+@pytest.mark.parametrize("mode", [False, True, "offload"])
+def test_inference_in_between_changes_nothing(batch, prompt, ask, adapted, mode):
+    model = adapted(use_gradient_checkpointing=mode)
+    ask.train(model)
+    FastVisionModel.for_training(model)
+    before, (loss, expected) = state(model), ask.gradients(model, batch)
+
+    FastVisionModel.for_inference(model)
+    assert checkpointing_mode(model) is False
+    assert not any(module.training for module in model.modules())
+    assert model.config.get_text_config().use_cache is True
+    model.generate(**prompt, max_new_tokens=2)
+
+    FastVisionModel.for_training(model)
+    assert state(model) == before
+    assert before[1:] == (mode, False, False)
+    again, found = ask.gradients(model, batch)
+    assert again == loss
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_generation_equals_stock(folder, prompt):
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model, _ = FastVisionModel.from_pretrained(folder, load_in_16bit=True)
+    FastVisionModel.for_training(model)
+    FastVisionModel.for_inference(model)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**prompt, **options), stock.generate(**prompt, **options))
+
+
+def test_a_fully_finetuned_model_switches_too(folder, batch, ask):
+    model, _ = FastVisionModel.from_pretrained(folder, full_finetuning=True, use_gradient_checkpointing=True)
+    FastVisionModel.for_training(model)
+    assert (model.training, checkpointing_mode(model)) == (True, True)
+    _, found = ask.gradients(model, batch)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    FastVisionModel.for_inference(model)
+    assert (model.training, checkpointing_mode(model)) == (False, False)
+
+
+def test_evaluation_during_training_uses_no_cache(batch, adapted):
+    model = adapted()
+    model.eval()
+    with torch.no_grad():
+        assert model(**batch).past_key_values is None
+    FastVisionModel.for_inference(model)
+    with torch.no_grad():
+        assert model(**batch).past_key_values is not None

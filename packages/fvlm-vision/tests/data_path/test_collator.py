@@ -66,6 +66,7 @@ def test_pixels_and_ids_are_those_of_the_stock_processor(family, responses_only,
             text = processor.tokenizer.decode(row[row != -100])
             assert sample["messages"][1]["content"].strip() in text
             assert ("Read this." in text) == (not responses_only)
+            assert text.strip().startswith(sample["messages"][1]["content"].strip()) == responses_only
 
 
 def test_mllama_takes_text_beside_images(shared_model_of, processor_of, ask):

@@ -141,11 +141,11 @@ def test_a_truncated_file_is_refused(picture):
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
-    data = encoded(Image.new("1", (20_000, 20_000)))  # 50 KB that would be 1.2 GB
-    started = time.perf_counter()
     with pytest.raises(DataError, match=r"20000×20000|Pillow's own limit"):
-        ImageReader().read(data)
-    assert time.perf_counter() - started < 1
+        ImageReader().read(encoded(Image.new("1", (20_000, 20_000))))  # 50 KB that would be 1.2 GB
+    header = encoded(Image.new("1", (10_000, 9_000)))[:200]  # decoding it would say that it is corrupt
+    with pytest.raises(DataError, match="10000×9000 pixels is over the limit"):
+        ImageReader().read(header)
     with pytest.raises(DataError, match="over the limit of 15"):
         ImageReader(max_image_pixels=15).read(Image.new("RGB", (4, 4)))
     assert ImageReader(max_image_pixels=16).read(Image.new("RGB", (4, 4))).size == (4, 4)

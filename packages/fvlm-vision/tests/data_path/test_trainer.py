@@ -293,7 +293,7 @@ def test_samples_too_long_do_not_stop_a_run(lora, processor, ask, arguments):
     model = lora()
     collator = FastVisionDataCollator(model, processor, max_seq_length=60, overflow="skip")
     rows = [ask(answer="word " * 90), ask(images=0)]
-    args = arguments(per_device_train_batch_size=1, max_steps=4)
+    args = arguments(per_device_train_batch_size=1, per_device_eval_batch_size=1, max_steps=4)
     trainer = FastVisionTrainer(
         model=model, tokenizer=processor, data_collator=collator, train_dataset=rows, eval_dataset=rows, args=args
     )
@@ -304,8 +304,10 @@ def test_samples_too_long_do_not_stop_a_run(lora, processor, ask, arguments):
     only = FastVisionTrainer(
         model=model, tokenizer=processor, data_collator=collator, train_dataset=rows, eval_dataset=rows[1:], args=args
     )
-    args.per_device_eval_batch_size = 1
+    # What was left out counts for nothing: not as a loss of 0, nor as a sample.
     assert trainer.evaluate()["eval_loss"] == pytest.approx(only.evaluate()["eval_loss"])
+    empty = [trainer.data_collator(rows[:1])]
+    assert int(trainer._get_num_items_in_batch(empty, torch.device("cpu"))) == 1  # a sum over nothing, divided by 1
 
 
 def test_train_on_responses_only(lora, processor, rows, arguments):

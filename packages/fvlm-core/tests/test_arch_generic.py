@@ -77,6 +77,11 @@ def test_audio_is_found_and_kept_apart():
     facts = facts_for(model)
     assert (facts.vision, facts.audio, facts.language) == (("visual",), ("audio_tower",), ("model",))
     assert facts.projector == ("visual.merger",)
+    assert facts.layers == {
+        "vision": ("visual.blocks",),
+        "language": ("model.layers",),
+        "audio": ("audio_tower.layers",),
+    }
     towers = {x.tower for x in linear_modules(model, facts) if x.name.startswith("audio_tower.")}
     assert towers == {"audio"}
 

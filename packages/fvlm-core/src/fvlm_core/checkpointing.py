@@ -123,6 +123,7 @@ def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
         logger.warning("%s does not support gradient checkpointing: it stays off.", type(base).__name__)
         chosen = False
     vars(base)[_CHOSEN] = chosen
+    base.disable_input_require_grads()  # what PEFT or a Trainer set before
     _switch(base, chosen)
     vars(base)["gradient_checkpointing_enable"] = MethodType(gradient_checkpointing_enable, base)
     vars(base)["enable_input_require_grads"] = MethodType(enable_input_require_grads, base)
@@ -133,6 +134,7 @@ def remove_checkpointing(model: nn.Module) -> None:
     """Turn checkpointing off, and give the model its own ``gradient_checkpointing_enable`` back."""
     base = _base_model(model)
     _switch(base, False)
+    base.disable_input_require_grads()
     for name in (_CHOSEN, "gradient_checkpointing_enable", "enable_input_require_grads"):
         vars(base).pop(name, None)
 

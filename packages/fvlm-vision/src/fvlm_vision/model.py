@@ -248,8 +248,7 @@ def _check_base(model: Any) -> None:
 def _inject(model: PreTrainedModel, config: Any, random_state: int | None) -> PeftModel:
     from peft import get_peft_model
 
-    # PEFT makes the embeddings require gradients where it finds checkpointing on. Non-reentrant checkpointing does not
-    # need that, and a frozen tower would keep activations for it.
+    # PEFT makes the embeddings want a gradient where it finds checkpointing on: a frozen tower would keep activations.
     remove_checkpointing(model)
     with seeded(random_state, model):
         try:

@@ -71,6 +71,19 @@ def test_a_tower_that_is_not_chosen_holds_nothing_trainable(base, tower):
     assert not [name for name in trainable if path in name]
 
 
+def test_a_frozen_tower_carries_no_gradient_though_checkpointing_was_on(folder, batch):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model.gradient_checkpointing_enable()  # transformers' own, with hooks on every tower's input
+    model = FastVisionModel.get_peft_model(model, finetune_vision_layers=False)
+    carried = []
+    tower = model.base_model.model.model.visual
+    for module in tower.modules():
+        module.register_forward_hook(lambda module, args, out: carried.append(getattr(out, "requires_grad", False)))
+    model(**batch).loss.backward()
+    assert carried
+    assert not any(carried)
+
+
 @pytest.mark.parametrize("tower", ["vision", "language"])
 def test_all_biases_means_those_of_the_chosen_towers(base, tower, tmp_path):
     model = FastVisionModel.get_peft_model(base, bias="all", r=2, **{f"finetune_{tower}_layers": False})

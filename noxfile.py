@@ -23,6 +23,9 @@ nox.needs_version = ">=2025.11"
 nox.options.default_venv_backend = "uv"
 nox.options.error_on_missing_interpreters = True
 
+# Without bytecode every process of every session would compile torch and transformers anew, for 20 seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("kernels", "core", "export", "vision", "cli")  # each may import those before it
 RESULTS = ROOT / ".nox" / "results"  # one JUnit file per pytest run; .ci/run adds them up

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _SETTLED = frozenset(
     {
         "output_dir", "do_train", "do_eval", "do_predict", "eval_strategy", "save_strategy", "resume_from_checkpoint",
-        "disable_tqdm", "bf16", "fp16", "max_length", "gradient_checkpointing", "model_init_kwargs", "trust_remote_code",
-        "hub_token",
+        "disable_tqdm", "bf16", "fp16", "max_length", "gradient_checkpointing", "model_init_kwargs",
+        "trust_remote_code", "hub_token",
     }
 )  # fmt: skip
 

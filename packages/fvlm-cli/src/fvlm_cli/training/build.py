@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 
@@ -87,10 +87,9 @@ def build_trainer(
         ConfigError: an argument of the data or train section cannot be used.
     """
     data = config.data
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     limit: dict[str, Any] = {} if data.max_image_pixels is None else {"max_image_pixels": data.max_image_pixels}
     collator = FastVisionDataCollator(
-        base,
+        cast("PreTrainedModel", model),  # a PeftModel passes for the model that it wraps
         processor,
         train_on_responses_only=data.train_on_responses_only,
         instruction_part=data.instruction_part,

@@ -1,0 +1,60 @@
+"""Errors → exit codes and sentences."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from fvlm_cli.exits import Exit, judge
+from fvlm_core.errors import CheckpointError, ConfigError, DataError, ExportError, MissingExtraError
+
+
+def caused(cause: BaseException) -> ExportError:
+    error = ExportError("it failed.")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("r=0 is no rank."), Exit.USAGE),
+        (DataError("no image.", 3), Exit.DATA),
+        (CheckpointError("torn."), Exit.DATA),
+        (MissingExtraError("install it."), Exit.RESOURCES),
+        (ExportError("refused."), Exit.FAILED),
+        (caused(OSError(errno.ENOSPC, "No space left on device")), Exit.RESOURCES),
+        (caused(ConnectionError("cut")), Exit.REMOTE),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), Exit.RESOURCES),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), Exit.DATA),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), Exit.RESOURCES),
+        (TimeoutError("timed out"), Exit.REMOTE),
+        (MemoryError(), Exit.RESOURCES),
+    ],
+)
+def test_codes(error: BaseException, code: Exit) -> None:
+    verdict = judge(error)
+    assert verdict is not None
+    assert verdict[0] == code
+    assert "\n" not in verdict[1]
+
+
+def test_device_memory_is_a_resource_and_other_errors_are_bugs() -> None:
+    import torch
+
+    verdict = judge(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
+    assert verdict is not None
+    assert verdict[0] == Exit.RESOURCES
+    assert "per_device_train_batch_size" in verdict[1]
+    assert judge(RuntimeError("a bug")) is None
+
+
+def test_hub_errors_are_remote() -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    for error in (OfflineModeIsEnabled("offline"), ConnectionError("refused")):
+        verdict = judge(error)
+        assert verdict is not None
+        assert verdict[0] == Exit.REMOTE
+    assert judge(caused(LocalEntryNotFoundError("gone"))) is not None

@@ -1,0 +1,154 @@
+"""`fvlm train`, `merge` and `--resume`, end to end through the installed script on a tiny Qwen2-VL on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+STEPS = 6
+CONFIG = f"""
+model: {{name: base, precision: 16bit, max_seq_length: 256}}
+lora: {{r: 4, alpha: 8}}
+data: {{train: train.jsonl, eval_fraction: 0.25}}
+train:
+  per_device_train_batch_size: 1
+  gradient_accumulation_steps: 1
+  max_steps: {STEPS}
+  learning_rate: 1e-2
+  warmup_steps: 0
+  save_steps: 100
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(fvlm, workplace: Path) -> dict[str, Any]:
+    (workplace / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    done = fvlm("train", "config.yaml", "save.output_dir=run", "--save.merge", "merged_16bit", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((run / "history.json").read_text()) if "loss" in entry]
+
+
+def test_a_run_learns_and_leaves_its_record(trained: dict[str, Any], workplace: Path) -> None:
+    run = workplace / "run"
+    assert (trained["status"], trained["steps"], trained["rows"], trained["eval_rows"]) == ("finished", STEPS, 6, 2)
+    assert json.loads((run / "run.json").read_text()) == trained
+    assert trained["versions"]["torch"]
+    first, *_, last = losses(run)
+    assert last < first - 0.5
+    assert trained["eval_loss"] < first
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["lora"]["r"] == 4
+    assert resolved["lora"]["bias"] == "none"
+    assert resolved["save"]["merge"] == "merged_16bit"
+
+
+def test_adapter_and_merged_model_reload_with_stock_libraries_and_agree(
+    trained: dict[str, Any], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from peft import PeftModel
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    monkeypatch.chdir(workplace)
+    processor = AutoProcessor.from_pretrained(trained["adapter_dir"])
+    block = [{"type": "image"}, {"type": "text", "text": "total amount?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": block}], add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.open("images/3.png")], return_tensors="pt")
+    base = AutoModelForImageTextToText.from_pretrained("base", dtype=torch.float32)
+    with torch.no_grad():
+        untrained = base(**inputs).logits
+        adapted = PeftModel.from_pretrained(base, trained["adapter_dir"])(**inputs).logits
+        merged_model = AutoModelForImageTextToText.from_pretrained(trained["merged_dir"], dtype=torch.float32)
+        merged = merged_model(**inputs).logits
+    assert AutoProcessor.from_pretrained(trained["merged_dir"]).chat_template == processor.chat_template
+    scale = adapted.abs().max()
+    assert (merged - adapted).abs().max() < 1e-4 * scale
+    assert (adapted - untrained).abs().max() > 1e-2 * scale
+
+
+def test_merge_gives_what_the_run_merged(fvlm, trained: dict[str, Any], workplace: Path) -> None:
+    done = fvlm("merge", trained["adapter_dir"], "--output", "merged-later", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout)["output_dir"]) == workplace / "merged-later"
+    later, then = (workplace / name / "model.safetensors" for name in ("merged-later", "run/merged"))
+    from safetensors.torch import load_file
+
+    one, other = load_file(later), load_file(then)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= 1e-6 * other[name].abs().max().clamp(min=1), name
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_gives_the_same_losses(
+    fvlm, fvlm_command: list[str], trained: dict[str, Any], workplace: Path
+) -> None:
+    words = ["train", "config.yaml", "save.output_dir=stopped"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*fvlm_command, *words],
+        cwd=workplace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert "fvlm train config.yaml --resume" in stdout
+    record = json.loads((workplace / "stopped/run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert 2 <= record["steps"] < STEPS
+    assert not (workplace / "stopped/adapter").exists()
+
+    torn = workplace / "stopped/checkpoints/checkpoint-99"
+    shutil.copytree(workplace / record["checkpoint"], torn)
+    (torn / "trainer_state.json").write_text('{"global_step": ', encoding="utf-8")
+    other = fvlm(*words, "--resume", "lora.r=8", cwd=workplace)
+    assert other.returncode == 2
+    assert "lora.r=4" in other.stderr
+    done = fvlm(*words, "--resume", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-99 was not written to its end" in done.stderr
+    assert losses(workplace / "stopped") == losses(workplace / "run")
+    assert (workplace / "stopped/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_finished_run_is_not_overwritten_unasked(fvlm, trained: dict[str, Any], workplace: Path) -> None:
+    before = (workplace / "run/run.json").read_bytes()
+    done = fvlm("train", "config.yaml", "save.output_dir=run", cwd=workplace)
+    assert done.returncode == 2
+    assert "save.overwrite=true" in done.stderr
+    assert (workplace / "run/run.json").read_bytes() == before
+
+
+def test_a_row_that_breaks_in_training_is_named_by_its_file(fvlm, workplace: Path) -> None:
+    good = (workplace / "images/0.png").read_bytes()
+    (workplace / "images/torn.png").write_bytes(good[:60])  # its header is whole, its pixels are not
+    rows = [json.loads(line) for line in (workplace / "train.jsonl").read_text().splitlines()][:2]
+    rows[1]["messages"][0]["content"][0]["image"] = "images/torn.png"
+    (workplace / "torn.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (workplace / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    settings = ("data.train=torn.jsonl", "data.eval_fraction=null", "save.output_dir=torn")
+    done = fvlm("train", "config.yaml", *settings, cwd=workplace)
+    assert done.returncode == 3, done.stderr
+    assert "torn.jsonl, line 2: the image" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -39,6 +39,7 @@ class Tools:
     def adapted(self, model: Any, *, seed: int = 0, size: float = 0.1, **config: Any) -> Any:
         """Put LoRA on a model and move every trainable value, as training would."""
         config.setdefault("target_modules", MERGED)
+        torch.manual_seed(seed)  # PEFT draws A from the global generator
         peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **config})).eval()
         return self.trained(peft, seed=seed, size=size)
 

@@ -113,12 +113,16 @@ def place_adapters(folders: Mapping[str, Path], skeleton: Skeleton, layout: Layo
 
 
 def _fill_base(peft: PeftModel) -> list[torch.nn.Parameter]:
-    """Give every base parameter a CPU placeholder: PEFT moves an adapter to wherever its base layer is."""
+    """Give every base parameter a CPU placeholder: PEFT moves an adapter to wherever its base layer is.
+
+    It also casts an adapter to its base layer's dtype, which would round what was trained in fp32; an integer placeholder,
+    which is what a quantized layer looks like, keeps it from that.
+    """
     made = []
     for path, module in peft.named_modules():
         for name, param in list(module._parameters.items()):
             if param is not None and not _of_adapter(f"{path}.{name}"):
-                empty = torch.zeros((), dtype=param.dtype).expand(param.shape)
+                empty = torch.zeros((), dtype=torch.uint8).expand(param.shape)
                 module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
                 made.append(module._parameters[name])
         for name, buffer in list(module._buffers.items()):  # e.g. what trained token rows were before training

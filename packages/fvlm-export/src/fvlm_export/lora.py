@@ -54,7 +54,13 @@ def save_lora(model_or_adapter_dir: Any, output: Path, processor: Any, *, overwr
             beside.append(find_source(base))
         write_processor(folder, processor, beside)
         report = MergeReport(
-            "lora", base, config.revision, "none", "The adapter is saved as it is.", versions=versions()
+            save_method="lora",
+            base=base,
+            base_revision=config.revision,
+            merged_onto="none",
+            why="The adapter is saved as it is.",
+            base_fingerprint=_base_fingerprint(base),
+            versions=versions(),
         )
         write_card(folder, report, "peft", output.name)
         report.write(folder)

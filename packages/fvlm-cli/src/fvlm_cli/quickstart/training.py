@@ -63,7 +63,6 @@ def train(
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig
 
-    import torch
     from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
     losses: list[float] = []

@@ -28,12 +28,15 @@ class MediaTokens:
         framing: config fields with the ids of what opens, closes or splits a media span.
         processor: processor attributes with more such ids (an id or a list of them); those that a processor lists in
             its ``image_token_ids`` need no entry.
+        texts: a regular expression that matches the whole text of further added tokens of that kind, for families
+            whose processors keep no ids of them.
     """
 
     image: tuple[str, ...] = ()
     video: tuple[str, ...] = ()
     framing: tuple[str, ...] = ()
     processor: tuple[str, ...] = ()
+    texts: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ _FRAMING_FIELDS = (
     "boi_token_index",
     "eoi_token_index",
 )
-_PROCESSOR_FIELDS = ("fake_image_token_id", "global_image_token_id", "row_col_ids")
+_FRAMING_TEXTS = r"<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>"  # of Idefics, SmolVLM and their kin
 
 
 def derive_facts(model: PreTrainedModel) -> ArchFacts:
@@ -144,5 +144,5 @@ def _media(config: PretrainedConfig) -> MediaTokens:
         image=present(_IMAGE_FIELDS)[:1],
         video=present(_VIDEO_FIELDS)[:1],
         framing=present(_FRAMING_FIELDS),
-        processor=_PROCESSOR_FIELDS,
+        texts=_FRAMING_TEXTS,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ class MediaTokenIds:
 def media_token_ids(facts: ArchFacts, config: PretrainedConfig, processor: ProcessorMixin) -> MediaTokenIds:
     """Return the ids of a model's media tokens.
 
-    They come from the config fields and processor attributes that the facts name, and from the processor's own
+    They come from the config fields, processor attributes and texts that the facts name, and from the processor's own
     ``image_token_ids`` and ``video_token_ids``. Without a config field, the processor's lists decide alone.
 
     Args:
@@ -49,6 +50,9 @@ def media_token_ids(facts: ArchFacts, config: PretrainedConfig, processor: Proce
     video = (set(_ids(getattr(config, name) for name in media.video)) or of_processor[1]) - image
     framing = of_processor[0] | of_processor[1] | set(_ids(getattr(config, name) for name in media.framing))
     framing |= set(_ids(getattr(processor, name) for name in media.processor if hasattr(processor, name)))
+    if media.texts is not None:
+        added = processor.tokenizer.added_tokens_decoder
+        framing |= {number for number, token in added.items() if re.fullmatch(media.texts, token.content)}
     framing.discard(processor.tokenizer.unk_token_id)  # the processor names a token that its tokenizer does not have
     return MediaTokenIds(frozenset(image), frozenset(video), frozenset(framing - image - video))
 

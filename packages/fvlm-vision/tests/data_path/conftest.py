@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from trl import SFTConfig
 
 from fvlm_core.testing import tiny_checkpoint
 
@@ -75,3 +78,72 @@ def ask(picture: Callable[..., Image.Image]) -> Callable[..., dict[str, Any]]:
         }
 
     return make
+
+
+class StepLosses(TrainerCallback):
+    """The unrounded loss of every logged step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+@pytest.fixture
+def lora(model_of):
+    """A tiny Qwen2-VL with the same LoRA at every call, on vision and language."""
+
+    def make():
+        model = model_of("qwen2_vl")
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "qkv", "fc1", "down_proj"])
+        return get_peft_model(model, config)
+
+    return make
+
+
+@pytest.fixture
+def processor(processor_of):
+    return processor_of("qwen2_vl")
+
+
+@pytest.fixture
+def rows(ask):
+    return [ask(images=n % 3, seed=n, answer=f"total {n} " * (1 + n % 4)) for n in range(8)]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Settings of a short run on the CPU."""
+
+    def make(kind=SFTConfig, **changes):
+        settings = {
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "per_device_train_batch_size": 2,
+            "max_steps": 3,
+            "learning_rate": 2e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        return kind(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def trained():
+    """Trains and returns the unrounded loss of every step."""
+
+    def run(trainer, **options) -> list[float]:
+        losses = StepLosses()
+        trainer.add_callback(losses)
+        trainer.train(**options)
+        return losses.losses
+
+    return run

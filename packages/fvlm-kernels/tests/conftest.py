@@ -8,17 +8,25 @@ import sys
 import pytest
 import torch
 
-GPU_REQUIRED = os.environ.get("FVLM_REQUIRE_GPU", "0") == "1"
+GPU_REQUIRED = os.environ.get("FVLM_GPU", "0") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is decorated
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make `-m gpu` run every kernel on the GPU, not only what cannot run elsewhere."""
+    if HAS_GPU or GPU_REQUIRED:
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not HAS_GPU:
         if GPU_REQUIRED:
-            pytest.fail("FVLM_REQUIRE_GPU=1 but torch finds no CUDA device")
+            pytest.fail("FVLM_GPU=1 but torch finds no CUDA device")
         pytest.skip("needs a CUDA device")
 
 
@@ -27,7 +35,7 @@ def device() -> torch.device:
     if HAS_GPU:
         return torch.device("cuda")
     if GPU_REQUIRED:
-        pytest.fail("FVLM_REQUIRE_GPU=1 but torch finds no CUDA device")
+        pytest.fail("FVLM_GPU=1 but torch finds no CUDA device")
     from fvlm_kernels._triton import HAS_TRITON, INTERPRETED
 
     if not HAS_TRITON:

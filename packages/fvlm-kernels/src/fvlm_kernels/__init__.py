@@ -5,8 +5,11 @@ Triton on a GPU and plain PyTorch elsewhere, ``impl="torch"`` and ``impl="triton
 """
 
 from .layer_norm import layer_norm
+from .nf4 import dequantize_nf4
+from .nf4_format import NF4Weight
+from .nf4_quantize import quantize_nf4
 from .rms_norm import rms_norm
 
-__all__ = ["__version__", "layer_norm", "rms_norm"]
+__all__ = ["NF4Weight", "__version__", "dequantize_nf4", "layer_norm", "quantize_nf4", "rms_norm"]
 
 __version__ = "0.1.0"

@@ -22,33 +22,16 @@ sums. mean and rstd are recomputed in backward instead of being saved. Weight gr
 number of programs over fixed rows, then over programs: two runs on one card give the same bits.
 """
 
-# mypy: allow-untyped-defs
-# (for the kernels, whose arguments Triton types)
-
 from __future__ import annotations
 
 from typing import Any, overload
 
 import torch
 
-from ._launch import (
-    Impl,
-    cdiv,
-    check_floating,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    launch,
-    persistent_programs,
-    row_blocks,
-    rows_of,
-    use_triton,
-)
+from ._launch import Impl, cdiv, launch, row_blocks, rows_of, use_triton
 from ._library import register
+from ._norms import check_norm, check_width, deal_rows
 from ._triton import tl, triton
-
-MAX_WIDTH = 16384
-"""Widest row that the kernels hold in registers."""
 
 
 def _ref(
@@ -223,11 +206,8 @@ def _layer_norm_bwd(
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
-    (m, n), dx, persistent = kept.shape, h.new_empty(h.shape), need_dweight or need_dbias
-    block_m, block_n, num_warps = row_blocks(n, per_thread=16 if persistent else 32)
-    blocks = cdiv(m, block_m)
-    share = cdiv(blocks, persistent_programs(h.device, blocks)) if persistent else 1
-    programs = cdiv(blocks, max(share, 1))
+    (m, n), dx = kept.shape, h.new_empty(h.shape)
+    programs, share, block_m, block_n, num_warps = deal_rows(h.device, m, n, need_dweight or need_dbias)
     partial_weight = h.new_empty((programs if need_dweight else 0, n), dtype=torch.float32)
     partial_bias = h.new_empty((programs if need_dbias else 0, n), dtype=torch.float32)
     launch(
@@ -322,17 +302,6 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> None:
-    check_floating("layer_norm", x=x, weight=weight, bias=bias)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}; it must have a last dimension to normalize over")
-    check_shape("layer_norm", "weight", weight, x.shape[-1:])
-    check_shape("layer_norm", "bias", bias, x.shape[-1:])
-    check_shape("layer_norm", "residual", residual, x.shape)
-    check_same_dtype("layer_norm", x=x, residual=residual)
-    check_same_device("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
-
-
 @overload
 def layer_norm(
     x: torch.Tensor,
@@ -383,12 +352,11 @@ def layer_norm(
     Example:
         >>> y, hidden = layer_norm(attention_out, norm.weight, norm.bias, norm.eps, residual=hidden)
     """
-    _check(x, weight, bias, residual)
+    check_norm("layer_norm", x, weight, bias, residual)
     out_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
     if not use_triton(impl, x, weight, bias):
         y, h = _ref(x, weight, bias, eps, residual, out_dtype)
         return y if residual is None else (y, h)
-    if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f'layer_norm: rows of {x.shape[-1]} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
+    check_width("layer_norm", x.shape[-1])
     y, h = _LayerNorm.apply(x, residual, weight, bias, eps, out_dtype)
     return y if residual is None else (y, h)

@@ -26,34 +26,18 @@ rstd is recomputed in backward, where h is read anyway, instead of being saved. 
 number of programs over fixed rows, then over programs: two runs on one card give the same bits.
 """
 
-# mypy: allow-untyped-defs
-# (for the kernels, whose arguments Triton types)
-
 from __future__ import annotations
 
 from typing import Any, Literal, overload
 
 import torch
 
-from ._launch import (
-    Impl,
-    cdiv,
-    check_floating,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    launch,
-    persistent_programs,
-    row_blocks,
-    rows_of,
-    use_triton,
-)
+from ._launch import Impl, cdiv, launch, row_blocks, rows_of, use_triton
 from ._library import register
+from ._norms import check_norm, check_width, deal_rows
 from ._triton import tl, triton
 
 Rounding = Literal["llama", "gemma"]
-MAX_WIDTH = 16384
-"""Widest row that the kernels hold in registers."""
 
 
 def _ref(
@@ -218,10 +202,7 @@ def _rms_norm_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
     (m, n), dx = kept.shape, h.new_empty(h.shape)
-    block_m, block_n, num_warps = row_blocks(n, per_thread=16 if need_dweight else 32)
-    blocks = cdiv(m, block_m)
-    share = cdiv(blocks, persistent_programs(h.device, blocks)) if need_dweight else 1
-    programs = cdiv(blocks, max(share, 1))
+    programs, share, block_m, block_n, num_warps = deal_rows(h.device, m, n, need_dweight)
     partial = h.new_empty((programs, n), dtype=torch.float32) if need_dweight else None
     launch(
         _rms_norm_bwd_kernel,
@@ -324,18 +305,6 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, dx, dweight if need_dweight else None, None, None, None
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, rounding: str) -> None:
-    if rounding not in ("llama", "gemma"):
-        raise ValueError(f'rms_norm: rounding is {rounding!r}; it must be "llama" or "gemma"')
-    check_floating("rms_norm", x=x, weight=weight)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; it must have a last dimension to normalize over")
-    check_shape("rms_norm", "weight", weight, x.shape[-1:])
-    check_shape("rms_norm", "residual", residual, x.shape)
-    check_same_dtype("rms_norm", x=x, residual=residual)
-    check_same_device("rms_norm", x=x, weight=weight, residual=residual)
-
-
 @overload
 def rms_norm(
     x: torch.Tensor,
@@ -390,12 +359,13 @@ def rms_norm(
     Example:
         >>> y, hidden = rms_norm(attention_out, norm.weight, norm.variance_epsilon, residual=hidden)
     """
-    _check(x, weight, residual, rounding)
+    if rounding not in ("llama", "gemma"):
+        raise ValueError(f'rms_norm: rounding is {rounding!r}; it must be "llama" or "gemma"')
+    check_norm("rms_norm", x, weight, None, residual)
     if not use_triton(impl, x, weight):
         y, h = _ref(x, weight, eps, offset, residual, rounding)
         return y if residual is None else (y, h)
-    if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f'rms_norm: rows of {x.shape[-1]} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
+    check_width("rms_norm", x.shape[-1])
     cast_first = rounding == "llama"
     if residual is None:
         single: torch.Tensor = _RMSNorm.apply(x, weight, eps, offset, cast_first)

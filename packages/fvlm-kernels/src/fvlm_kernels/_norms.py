@@ -1,0 +1,66 @@
+"""What the norms share: their checks, and how the rows of a backward pass are dealt out."""
+
+from __future__ import annotations
+
+import torch
+
+from ._launch import (
+    cdiv,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    persistent_programs,
+    row_blocks,
+)
+
+MAX_WIDTH = 16384
+"""Widest row that the kernels hold in registers."""
+
+
+def check_norm(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> None:
+    """Check the tensors of a norm over the last dimension of ``x``.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: a dtype is not floating, or ``residual``'s differs from ``x``'s.
+    """
+    check_floating(op, x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it must have a last dimension to normalize over")
+    check_shape(op, "weight", weight, x.shape[-1:])
+    check_shape(op, "bias", bias, x.shape[-1:])
+    check_shape(op, "residual", residual, x.shape)
+    check_same_dtype(op, x=x, residual=residual)
+    check_same_device(op, x=x, weight=weight, bias=bias, residual=residual)
+
+
+def check_width(op: str, n: int) -> None:
+    """Raise a ``ValueError`` where a row of ``n`` columns does not fit the kernels' registers."""
+    if n > MAX_WIDTH:
+        raise ValueError(f'{op}: rows of {n} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
+
+
+def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int]:
+    """Deal out ``m`` rows of ``n`` columns to the programs of a norm's backward pass.
+
+    Args:
+        device: where it runs.
+        m: rows.
+        n: columns.
+        summing: whether weight gradients are summed: then few programs take many blocks of rows each, with fewer
+            elements to a thread, since they carry the sums along; else each takes one.
+
+    Returns:
+        ``(programs, blocks of each, BLOCK_M, BLOCK_N, num_warps)``.
+    """
+    block_m, block_n, num_warps = row_blocks(n, per_thread=16 if summing else 32)
+    blocks = cdiv(m, block_m)
+    share = cdiv(blocks, persistent_programs(device, blocks)) if summing else 1
+    return cdiv(blocks, max(share, 1)), share, block_m, block_n, num_warps

@@ -4,12 +4,14 @@ Every op is a function on tensors; see the module of its name for its maths, gra
 Triton on a GPU and plain PyTorch elsewhere, ``impl="torch"`` and ``impl="triton"`` choose.
 """
 
+from .activations import gelu, quick_gelu
+from .gated import geglu, swiglu
 from .layer_norm import layer_norm
 from .nf4 import dequantize_nf4
 from .nf4_format import NF4Weight
 from .nf4_quantize import quantize_nf4
 from .rms_norm import rms_norm
 
-__all__ = ["NF4Weight", "__version__", "dequantize_nf4", "layer_norm", "quantize_nf4", "rms_norm"]
+__all__ = ["__version__", "geglu", "gelu", "layer_norm", "quick_gelu", "rms_norm", "swiglu"]
 
 __version__ = "0.1.0"

@@ -12,6 +12,17 @@ from .nf4_format import NF4Weight
 from .nf4_quantize import quantize_nf4
 from .rms_norm import rms_norm
 
-__all__ = ["__version__", "geglu", "gelu", "layer_norm", "quick_gelu", "rms_norm", "swiglu"]
+__all__ = [
+    "NF4Weight",
+    "__version__",
+    "dequantize_nf4",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "quantize_nf4",
+    "quick_gelu",
+    "rms_norm",
+    "swiglu",
+]
 
 __version__ = "0.1.0"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fvlm_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, find_source, tensor_names
 from fvlm_core.errors import CheckpointError
 from fvlm_vision.lora import freeze_other_biases
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 # Either of them says that a processor was saved beside an adapter; a tokenizer alone is not one.
@@ -88,6 +88,6 @@ def attach_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> PeftModel:
             f"The adapter {adapter.source.name!r} and its base {adapter.base.name!r} disagree in {len(odd)} tensors, "
             f"such as {odd[0]!r}: check that the base is the one it was trained on."
         )
-    if any(config.bias == "all" for config in attached.peft_config.values()):
+    if cast("LoraConfig", attached.active_peft_config).bias == "all":
         freeze_other_biases(attached)
     return attached

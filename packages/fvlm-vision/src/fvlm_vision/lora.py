@@ -6,7 +6,7 @@ import dataclasses
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fvlm_core.errors import ConfigError
 
@@ -126,7 +126,8 @@ def freeze_other_biases(model: PeftModel) -> None:
     from fvlm_core.arch import facts_for, plain_modules, tower_of
 
     facts = facts_for(model)
-    towers = {tower_of(name, facts) for name in model.base_model.targeted_module_names}
+    targeted = cast("list[str]", model.base_model.targeted_module_names)
+    towers = {tower_of(name, facts) for name in targeted}
     for name, module in plain_modules(model):
         bias = module._parameters.get("bias")
         if bias is not None and tower_of(name, facts) not in towers:

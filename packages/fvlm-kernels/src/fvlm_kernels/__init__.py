@@ -6,6 +6,7 @@ Triton on a GPU and plain PyTorch elsewhere, ``impl="torch"`` and ``impl="triton
 
 from .activations import gelu, quick_gelu
 from .gated import geglu, swiglu
+from .int8 import Int8Weight, dequantize_int8
 from .layer_norm import layer_norm
 from .nf4 import dequantize_nf4
 from .nf4_format import NF4Weight
@@ -13,8 +14,10 @@ from .nf4_quantize import quantize_nf4
 from .rms_norm import rms_norm
 
 __all__ = [
+    "Int8Weight",
     "NF4Weight",
     "__version__",
+    "dequantize_int8",
     "dequantize_nf4",
     "geglu",
     "gelu",

@@ -14,6 +14,7 @@ from fvlm_core.precision import Precision, explicit_precision
 from fvlm_vision import modes
 from fvlm_vision.adapter import attach_adapter, find_adapter
 from fvlm_vision.binding import bind_methods
+from fvlm_vision.cpu_config import let_defaults_fit_the_cpu
 from fvlm_vision.engine import attach_engine, check_engine, engine_options
 from fvlm_vision.lora import build_lora_config, check_lora_options, check_numbers, freeze_other_biases, seeded
 from fvlm_vision.processor import check_length, load_processor
@@ -118,6 +119,8 @@ class FastVisionModel:
             trust_remote_code=trust_remote_code,
             **{**_without(kwargs, HUB_OPTIONS), **base.hub},
         )
+        if model.device.type == "cpu":
+            let_defaults_fit_the_cpu()
         check_length(max_seq_length, model)
         vars(model)["max_seq_length"] = max_seq_length
         processor = load_processor(source, adapter, trust_remote_code)

@@ -277,6 +277,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     made = Hub(f"http://127.0.0.1:{server.server_address[1]}")
     Handler.hub = made
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", made.url)
+    template = made.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

@@ -1,18 +1,19 @@
 """Letting `trl.SFTConfig()` be made on a machine without an accelerator.
 
-TRL's configuration turns bf16 mixed precision on unless told otherwise, and transformers then refuses it where no device
-has bf16: `SFTConfig(output_dir="out")` raises on a laptop before any trainer exists. The programs that FVLM runs
+TRL's configuration turns bf16 mixed precision on unless told otherwise, and transformers then refuses it where no
+device has bf16: `SFTConfig(output_dir="out")` raises on a laptop before any trainer exists. The programs that FVLM runs
 unchanged build it exactly so. When a model is loaded onto the CPU of such a machine, the default, and only the default,
 becomes False; `bf16=True` written out still raises, and nothing changes where there is an accelerator.
 
-This is the one place where FVLM changes a class that is not its own (docs/architecture.md): the configuration is made by
-the user before FVLM sees an instance of it.
+This is the one place where FVLM changes a class that is not its own (docs/architecture.md): the configuration is made
+by the user before FVLM sees an instance of it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def let_defaults_fit_the_cpu() -> bool:
         return False
     if _ORIGINAL in vars(SFTConfig):
         return True
-    original = SFTConfig.__post_init__
+    config: Any = SFTConfig  # a class whose method is replaced
+    original: Callable[[Any], None] = config.__post_init__
 
     @functools.wraps(original)
     def post_init(self: Any) -> None:
@@ -41,8 +43,8 @@ def let_defaults_fit_the_cpu() -> bool:
             self.bf16 = False
         original(self)
 
-    setattr(SFTConfig, _ORIGINAL, original)
-    SFTConfig.__post_init__ = post_init  # type: ignore[method-assign]  # see the module's docstring
+    setattr(config, _ORIGINAL, original)
+    config.__post_init__ = post_init
     logger.info("No device here has bf16: trl.SFTConfig leaves it off unless it is asked for.")
     return True
 
@@ -51,6 +53,7 @@ def restore_defaults() -> None:
     """Undo `let_defaults_fit_the_cpu`."""
     from trl import SFTConfig
 
-    if _ORIGINAL in vars(SFTConfig):
-        SFTConfig.__post_init__ = getattr(SFTConfig, _ORIGINAL)
-        delattr(SFTConfig, _ORIGINAL)
+    config: Any = SFTConfig
+    if _ORIGINAL in vars(config):
+        config.__post_init__ = vars(config)[_ORIGINAL]
+        delattr(config, _ORIGINAL)

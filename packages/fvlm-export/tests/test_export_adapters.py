@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fvlm_core.errors import ConfigError, ExportError
-from fvlm_export import read_report, save_pretrained_merged
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+
+from fvlm_core.errors import ConfigError, ExportError
+from fvlm_export import read_report, save_pretrained_merged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

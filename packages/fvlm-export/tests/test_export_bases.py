@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
 from fvlm_core.load import load_model
 from fvlm_core.origin import Origin, origin_of, set_origin
 from fvlm_core.precision import Precision
 from fvlm_core.testing import tiny_checkpoint
 from fvlm_export import read_report, save_pretrained_merged
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -132,13 +133,17 @@ def test_a_quantized_checkpoint_is_dequantized(tools: Any, tmp_path: Path, preci
     assert a.keys() == b.keys() == load_file(base / "model.safetensors").keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert read_report(live).merged_onto == read_report(folder).merged_onto == "dequantized"
-    assert tools.distance(tools.logits(tools.load(live), live), expected) < (0.03 if precision is Precision.NF4 else 0.2)
+    assert tools.distance(tools.logits(tools.load(live), live), expected) < (
+        0.03 if precision is Precision.NF4 else 0.2
+    )
 
 
 def test_a_four_bit_model_is_written_in_four_bit(tools: Any, tmp_path: Path) -> None:
     base = tools.checkpoint(dtype=torch.bfloat16)
     model = tools.adapted(load_model(base, precision=Precision.NF4, dtype="bfloat16", device_map="cpu"))
-    out = save_pretrained_merged(model, tmp_path / "out", tools.processor(base), save_method="merged_4bit", progress=False)
+    out = save_pretrained_merged(
+        model, tmp_path / "out", tools.processor(base), save_method="merged_4bit", progress=False
+    )
     reloaded = load_model(out, device_map="cpu", dtype="bfloat16")
     held = {n for n, m in reloaded.named_modules() if type(m).__name__ == "Linear4bit"}
     names = {n for n, m in model.get_base_model().named_modules() if type(m).__name__ == "Linear4bit"}

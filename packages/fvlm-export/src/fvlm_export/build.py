@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from fvlm_export.plan import Plan, make_plan
 from fvlm_export.probe import probe
 from fvlm_export.record import MergeReport, versions
 from fvlm_export.resume import Journal, merge_key
+from fvlm_export.safetensor_file import WrittenFile
 from fvlm_export.task import DEQUANTIZED, LIVE, Task
-from fvlm_export.verify import verify_output
+from fvlm_export.verify import Verifier
 from fvlm_export.work_folder import check_space
 from fvlm_export.write import write_shards
 
@@ -40,7 +41,14 @@ class Options:
 
 
 @torch.no_grad()
-def build(task: Task, folder: Path, title: str, processor: Any, options: Options) -> MergeReport:
+def build(
+    task: Task,
+    folder: Path,
+    title: str,
+    processor: Any,
+    options: Options,
+    sink: Callable[[Path, str], None] | None = None,
+) -> MergeReport:
     """Write everything into a work folder and prove it.
 
     Args:
@@ -49,6 +57,7 @@ def build(task: Task, folder: Path, title: str, processor: Any, options: Options
         title: of the model card.
         processor: see :func:`fvlm_export.save.save_pretrained_merged`.
         options: how.
+        sink: takes each shard when it is proved; the shard is deleted when this returns.
 
     Raises:
         CheckpointError: the adapter and the base do not fit.
@@ -71,14 +80,15 @@ def build(task: Task, folder: Path, title: str, processor: Any, options: Options
         verified["base_weights_compared"] = check_live_base(task.base, task.live, where)
     base_print = fingerprint(task.base.files) if isinstance(task.base, CheckpointBase) else None
     journal = Journal(folder, _key(task, plan, options, base_print))
-    check_space(folder, plan.total - sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    needed = max(sum(item.nbytes for item in shard) for shard in plan.shards) if sink is not None else plan.total
+    check_space(folder, needed - sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     merger = Merger(task.base, task.live_values, task.device)
     with _full_precision():
-        files = write_shards(plan, merger, folder, journal, progress=options.progress)
-        if options.verify:
-            verified["weights"] = verify_output(folder, plan, merger, files)
+        files = _write_and_check(plan, merger, folder, journal, options, verified, sink)
     _write_beside(task, plan, folder, processor, quantize)
-    if options.verify and task.live is not None:
+    if options.verify and task.live is not None and sink is not None:
+        verified["logits"] = {"skipped": "the shards were sent and deleted one by one"}
+    elif options.verify and task.live is not None:
         exact = task.onto in (DEQUANTIZED, LIVE) and not quantize
         verified["logits"] = probe(folder, task.live, processor, exact=exact, trust=task.trust)
     report = MergeReport(
@@ -101,6 +111,30 @@ def build(task: Task, folder: Path, title: str, processor: Any, options: Options
     report.write(folder)
     journal.close()
     return report
+
+
+def _write_and_check(
+    plan: Plan,
+    merger: Merger,
+    folder: Path,
+    journal: Journal,
+    options: Options,
+    verified: dict[str, Any],
+    sink: Callable[[Path, str], None] | None,
+) -> list[WrittenFile]:
+    verifier = Verifier(plan, merger) if options.verify else None
+    files = []
+    for number, file in write_shards(plan, merger, folder, journal, progress=options.progress):
+        path = folder / file.name
+        if verifier is not None:
+            verifier.check(number, path)
+        if sink is not None:
+            sink(path, file.name)
+            path.unlink()
+        files.append(file)
+    if verifier is not None:
+        verified["weights"] = verifier.result()
+    return files
 
 
 def _write_beside(task: Task, plan: Plan, folder: Path, processor: Any, quantize: frozenset[str]) -> None:

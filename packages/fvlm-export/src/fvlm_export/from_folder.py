@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from fvlm_export.base_check import fingerprint
 from fvlm_export.bases import CheckpointBase
 from fvlm_export.changes import Change
 from fvlm_export.record import FILE, read_report
+from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.skeleton import skeleton_of
 from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype
 
@@ -66,7 +66,7 @@ def task_from_folder(
         changes = placed.own_parameters()
         for param, own in changes_of(placed.model, {name: folders[path] for name, path in names.items()}).items():
             changes[param] = [*changes.get(param, []), *own]
-        facts = {path.name: {"weight": weight, "sha256": _sha256(path)} for path, weight in folders.items()}
+        facts = {path.name: {"weight": weight, "sha256": sha256_of(path / WEIGHTS)} for path, weight in folders.items()}
     if checkpoint.quantized:
         onto, why = DEQUANTIZED, f"{Path(source.name).name} is itself quantized, so its weights are dequantized."
     else:
@@ -130,8 +130,3 @@ def _load_config(source: Source, trust: bool) -> PretrainedConfig:
         raise CheckpointError(
             f"config.json of {source.name!r} cannot be used ({error}); get the checkpoint again."
         ) from error
-
-
-def _sha256(folder: Path) -> str:
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,70 +9,61 @@ from typing import Any
 
 import torch
 
-from fvlm_core.checkpoint import find_source, weight_files
+from fvlm_core.checkpoint import Source, find_source, weight_files
 from fvlm_core.errors import ConfigError, ExportError
 from fvlm_core.origin import origin_of
 from fvlm_export.adapter_folder import CONFIG, WEIGHTS, is_adapter, read_adapter_config
 from fvlm_export.base_check import fingerprint
 from fvlm_export.beside import write_card, write_processor
 from fvlm_export.record import MergeReport, versions
-from fvlm_export.safetensor_file import SafetensorFile
-from fvlm_export.work_folder import WorkFolder
+from fvlm_export.safetensor_file import SafetensorFile, sha256_of
 
 
-def save_lora(model_or_adapter_dir: Any, output: Path, processor: Any, *, overwrite: bool) -> Path:
-    """Save an adapter with its processor and a model card.
+def save_lora(model_or_adapter_dir: Any, folder: Path, title: str, processor: Any) -> None:
+    """Write an adapter with its processor and a model card into a work folder.
 
     Args:
-        model_or_adapter_dir: a PEFT model, or an adapter's folder (which is copied).
-        output: where; it appears when it is complete.
+        model_or_adapter_dir: a PEFT model with one active adapter, or an adapter's folder (which is copied).
+        folder: where.
+        title: of the model card.
         processor: saved along; None: what lies beside the adapter or its base.
-        overwrite: replace an existing output folder.
 
     Raises:
-        ConfigError: there is no adapter in what was given.
-        ExportError: an adapter tensor is not finite, or the folder cannot be written.
+        ConfigError: there is not exactly one adapter to save in what was given.
+        CheckpointError: the adapter's folder is torn.
+        ExportError: an adapter tensor is not finite.
     """
-    with WorkFolder(output, overwrite=overwrite) as work:
-        folder = work.path
-        if isinstance(model_or_adapter_dir, (str, os.PathLike)):
-            source = Path(model_or_adapter_dir)
-            if not is_adapter(source):
-                raise ConfigError(
-                    f"{str(source)!r} holds no {CONFIG}, so it is no adapter; use save_method='merged_16bit'."
-                )
-            for name in (CONFIG, WEIGHTS):
+    beside: list[Source] = []
+    if isinstance(model_or_adapter_dir, (str, os.PathLike)):
+        source = Path(model_or_adapter_dir).expanduser()
+        if not is_adapter(source):
+            raise ConfigError(f"{str(source)!r} holds no {CONFIG}, so it is no adapter; use 'merged_16bit'.")
+        for name in (CONFIG, WEIGHTS):
+            if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-            beside = [find_source(source)]
-        else:
-            _save_live(model_or_adapter_dir, folder)
-            beside = []
-        _check_finite(folder / WEIGHTS)
-        config = read_adapter_config(folder)
-        base = config.base_model_name_or_path
-        if base and Path(base).is_dir():
-            beside.append(find_source(base))
-        write_processor(folder, processor, beside)
-        report = MergeReport(
-            save_method="lora",
-            base=base,
-            base_revision=config.revision,
-            merged_onto="none",
-            why="The adapter is saved as it is.",
-            base_fingerprint=_base_fingerprint(base),
-            versions=versions(),
-        )
-        write_card(folder, report, "peft", output.name)
-        report.write(folder)
-        work.publish()
-    return output
-
-
-def _base_fingerprint(base: str | None) -> str | None:
-    """Return the fingerprint of a local base, so that a later merge onto another one can be refused."""
-    if not base or not Path(base).is_dir():
-        return None
-    return fingerprint(weight_files(find_source(base)))
+        beside.append(find_source(source))
+    else:
+        _save_live(model_or_adapter_dir, folder)
+    tensors = _check_finite(folder / WEIGHTS)
+    config = read_adapter_config(folder)
+    base = config.base_model_name_or_path
+    known = find_source(base) if base and Path(base).is_dir() else None
+    if known is not None:
+        beside.append(known)
+    write_processor(folder, processor, beside)
+    report = MergeReport(
+        save_method="lora",
+        base=base,
+        base_revision=config.revision,
+        merged_onto="none",
+        why="The adapter is saved as it is.",
+        base_fingerprint=fingerprint(weight_files(known)) if known is not None else None,
+        tensors=tensors,
+        files={WEIGHTS: sha256_of(folder / WEIGHTS)},
+        versions=versions(),
+    )
+    write_card(folder, report, "peft", title)
+    report.write(folder)
 
 
 def _save_live(model: Any, folder: Path) -> None:
@@ -80,26 +71,31 @@ def _save_live(model: Any, folder: Path) -> None:
 
     if not isinstance(model, PeftModel):
         raise ConfigError(
-            f"save_method='lora' needs a model with an adapter, not a {type(model).__name__}; use save_method='merged_16bit'."
+            f"save_method='lora' needs a model with an adapter, not a {type(model).__name__}; use 'merged_16bit'."
         )
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ConfigError(f"save_method='lora' saves one adapter and {active} are active; choose with set_adapter.")
+    config = model.peft_config[active[0]]
+    before = config.base_model_name_or_path, config.revision
     origin = origin_of(model)
     if origin is not None:  # what PEFT would write is where transformers found it, which may be a cache
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = origin.source
-            config.revision = origin.revision
-    active = model.active_adapters
-    model.save_pretrained(str(folder), selected_adapters=active)
-    for name in active:  # PEFT puts any adapter but "default" into a folder of its own
-        nested = folder / name
-        if nested.is_dir() and len(active) == 1:
-            for path in nested.iterdir():
-                path.rename(folder / path.name)
-            nested.rmdir()
+        config.base_model_name_or_path, config.revision = origin.source, origin.revision
+    try:
+        model.save_pretrained(str(folder), selected_adapters=active)
+    finally:
+        config.base_model_name_or_path, config.revision = before
+    nested = folder / active[0]
+    if nested.is_dir():  # PEFT puts any adapter but "default" into a folder of its own
+        for path in nested.iterdir():
+            path.rename(folder / path.name)
+        nested.rmdir()
 
 
-def _check_finite(path: Path) -> None:
+def _check_finite(path: Path) -> int:
     file = SafetensorFile(path)
     for name in file.infos:
         tensor = file.tensor(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ExportError(f"adapter tensor {name!r} holds NaN or infinity; the training diverged.")
+    return len(file.infos)

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from fvlm_export.build import Options
 from fvlm_export.hub import HubRepo
-from fvlm_export.save import save_pretrained_merged
+from fvlm_export.plan import parse_size
+from fvlm_export.save import Job, parse_dtype
+from fvlm_export.work_folder import LOCK, WorkFolder
 
 
 def push_to_hub_merged(
@@ -33,15 +36,15 @@ def push_to_hub_merged(
     adapters: Mapping[str, float] | None = None,
     trust_remote_code: bool = False,
     working_dir: str | os.PathLike[str] | None = None,
+    delete_uploaded: bool = False,
 ) -> str:
-    """Save a model as :func:`save_pretrained_merged` does, and push the result to the Hub.
+    """Save a model as :func:`fvlm_export.save_pretrained_merged` does, and push the result to the Hub.
 
     Weights of an earlier push that would be loaded instead of the new ones are removed in the same commit, and so is an
     adapter's config, which would be applied on top of merged weights.
 
     Args:
-        model_or_adapter_dir: see :func:`save_pretrained_merged`, as for ``processor``, ``save_method``, ``max_shard_size``,
-            ``base``, ``dtype``, ``verify``, ``progress``, ``adapters`` and ``trust_remote_code``.
+        model_or_adapter_dir: see :func:`fvlm_export.save_pretrained_merged`, as for all that is not said here.
         repo_id: ``user/name``; made if it does not exist.
         processor: pushed along.
         save_method: ``"merged_16bit"``, ``"merged_4bit"`` or ``"lora"``.
@@ -58,6 +61,8 @@ def push_to_hub_merged(
         adapters: which adapters, with their weights.
         trust_remote_code: allow a base to bring its own model class, when merging from folders.
         working_dir: where the result is built before it is sent; None: the system's temporary folder.
+        delete_uploaded: send each shard as soon as it is proved and delete it here, so that the disk never holds more
+            than one; the last proof, a reload of the whole, is then left out.
 
     Returns:
         The URL of the commit, or of the pull request.
@@ -67,25 +72,17 @@ def push_to_hub_merged(
         CheckpointError: the adapter or the base is missing, torn, or they do not fit each other.
         ExportError: the result could not be made, or the Hub refused it; nothing was committed.
     """
+    job = Job(model_or_adapter_dir, processor, save_method, base, adapters, token, trust_remote_code)
+    options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress)
     repo = HubRepo(repo_id, token=token, revision=revision, create_pr=create_pr)
     repo.open(private)
     parent = None if working_dir is None else Path(working_dir).expanduser()
     with tempfile.TemporaryDirectory(prefix="fvlm-push-", dir=parent) as staging:
-        folder = save_pretrained_merged(
-            model_or_adapter_dir,
-            Path(staging) / repo.repo_id.rsplit("/", 1)[-1],
-            processor,
-            save_method=save_method,
-            max_shard_size=max_shard_size,
-            base=base,
-            dtype=dtype,
-            verify=verify,
-            progress=progress,
-            adapters=adapters,
-            token=token,
-            trust_remote_code=trust_remote_code,
-        )
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            repo.add(path, path.relative_to(folder).as_posix())
-        message = commit_message or f"Upload model with fvlm-export ({save_method})"
-        return repo.commit(message, adapter=save_method == "lora")
+        name = repo.repo_id.rsplit("/", 1)[-1]
+        with WorkFolder(Path(staging) / name, overwrite=False) as work:
+            job.run(work.path, name, options, repo.add if delete_uploaded else None)
+            for path in sorted(work.path.rglob("*")):
+                if path.is_file() and path.name != LOCK:
+                    repo.add(path, path.relative_to(work.path).as_posix())
+            message = commit_message or f"Upload model with fvlm-export ({save_method})"
+            return repo.commit(message, adapter=save_method == "lora")

@@ -16,7 +16,7 @@ import torch
 
 from fvlm_export.changes import Addition, Change, LowRank, Replacement, Rows
 from fvlm_export.plan import Plan
-from fvlm_export.safetensor_file import WrittenFile, as_bytes
+from fvlm_export.safetensor_file import WrittenFile, as_bytes, sha256_of
 
 JOURNAL = ".journal.jsonl"
 
@@ -49,7 +49,7 @@ class Journal:
         path = self._folder / name
         if file is None:
             return None
-        if path.is_file() and path.stat().st_size == file.size and _sha256(path) == file.sha256:
+        if path.is_file() and path.stat().st_size == file.size and sha256_of(path) == file.sha256:
             return file
         path.unlink(missing_ok=True)
         return None
@@ -115,8 +115,3 @@ def _read(path: Path, key: str) -> dict[str, WrittenFile]:
     except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut; what stands before it counts
         return found
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

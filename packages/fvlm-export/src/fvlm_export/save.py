@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fvlm_core.errors import ConfigError
+from fvlm_core.precision import choose_dtype
 from fvlm_export.build import Options, build
 from fvlm_export.from_folder import task_from_folder
 from fvlm_export.from_live import task_from_model
+from fvlm_export.lora import save_lora
 from fvlm_export.plan import parse_size
 from fvlm_export.task import Task
 from fvlm_export.work_folder import WorkFolder
@@ -39,12 +41,12 @@ def save_pretrained_merged(
     """Save a model so that it can be served.
 
     Args:
-        model_or_adapter_dir: a model in memory (with PEFT adapters or fully fine-tuned), an adapter's folder, or a model's
-            folder. From folders, no model is loaded.
+        model_or_adapter_dir: a model in memory (with PEFT adapters or fully fine-tuned), an adapter's folder, or a
+            model's folder. From folders, no model is loaded.
         output_dir: where; it appears when it is complete.
         processor: saved along; None: the files beside the adapter or the base are copied.
-        save_method: ``"merged_16bit"``: the adapters merged into floating-point weights; ``"merged_4bit"``: those weights
-            in NF4, for bitsandbytes; ``"lora"``: the adapter itself.
+        save_method: ``"merged_16bit"``: the adapters merged into floating-point weights; ``"merged_4bit"``: those
+            weights in NF4, for bitsandbytes; ``"lora"``: the adapter itself.
         max_shard_size: of one file; bytes, or a text such as ``"5GB"``.
         base: what to merge onto. None: the 16-bit checkpoint if the base was quantized while loading, the dequantized
             weights if the checkpoint itself is quantized, else the weights that the model holds. ``"original"``,
@@ -66,36 +68,63 @@ def save_pretrained_merged(
         CheckpointError: the adapter or the base is missing, torn, or they do not fit each other.
         ExportError: the result could not be written or proved; nothing was left behind.
     """
-    if save_method not in METHODS:
-        raise ConfigError(f"save_method={save_method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    job = Job(model_or_adapter_dir, processor, save_method, base, adapters, token, trust_remote_code)
+    options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress)
     output = Path(output_dir).expanduser().absolute()
-    options = Options(save_method, parse_size(max_shard_size), _parse_dtype(dtype), verify, progress)
-    if save_method == "lora":
-        from fvlm_export.lora import save_lora
-
-        return save_lora(model_or_adapter_dir, output, processor, overwrite=overwrite)
     with WorkFolder(output, overwrite=overwrite) as work:
-        task = _task(model_or_adapter_dir, base, adapters, token, trust_remote_code)
-        build(task, work.path, output.name, processor, options)
+        job.run(work.path, output.name, options)
         work.publish()
     return output
 
 
-def _task(
-    model: Any,
-    base: str | os.PathLike[str] | None,
-    adapters: Mapping[str, float] | None,
-    token: str | bool | None,
-    trust: bool,
-) -> Task:
-    if isinstance(model, (str, os.PathLike)):
-        return task_from_folder(Path(model).expanduser(), base, adapters, token, trust)
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model_or_adapter_dir is a {type(model).__name__}; pass a model or the path of a folder.")
-    return task_from_model(model, base, adapters, token)
+class Job:
+    """What is saved, without where; saving and pushing share it.
+
+    The arguments are those of :func:`save_pretrained_merged`.
+
+    Raises:
+        ConfigError: the method is unknown, or the model is neither a model nor a path.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        save_method: str,
+        base: str | os.PathLike[str] | None,
+        adapters: Mapping[str, float] | None,
+        token: str | bool | None,
+        trust_remote_code: bool,
+    ) -> None:
+        if save_method not in METHODS:
+            raise ConfigError(f"save_method={save_method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        if not isinstance(model, (str, os.PathLike, torch.nn.Module)):
+            raise ConfigError(f"model_or_adapter_dir is a {type(model).__name__}; pass a model or a folder's path.")
+        if save_method == "lora" and (base is not None or adapters is not None):
+            raise ConfigError("save_method='lora' saves the active adapter as it is; leave base= and adapters= out.")
+        self._model, self._processor, self._method = model, processor, save_method
+        self._base, self._adapters, self._token, self._trust = base, adapters, token, trust_remote_code
+
+    def run(self, folder: Path, title: str, options: Options, sink: Callable[[Path, str], None] | None = None) -> None:
+        """Write everything into a work folder; see :func:`fvlm_export.build.build`."""
+        if self._method == "lora":
+            if options.dtype is not None:
+                raise ConfigError("save_method='lora' saves the adapter in its own dtype; leave dtype= out.")
+            save_lora(self._model, folder, title, self._processor)
+        else:
+            build(self._task(), folder, title, self._processor, options, sink)
+
+    def _task(self) -> Task:
+        if isinstance(self._model, (str, os.PathLike)):
+            path = Path(self._model).expanduser()
+            return task_from_folder(path, self._base, self._adapters, self._token, self._trust)
+        return task_from_model(self._model, self._base, self._adapters, self._token)
 
 
-def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    from fvlm_core.precision import choose_dtype
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Turn a dtype's name into the dtype; None stays None.
 
+    Raises:
+        ConfigError: it is none that weights are kept in.
+    """
     return None if dtype is None else choose_dtype(dtype, torch.device("cpu"))

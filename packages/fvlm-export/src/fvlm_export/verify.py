@@ -17,66 +17,78 @@ from fvlm_core.errors import ExportError
 from fvlm_export.compute import Merger
 from fvlm_export.plan import Item, Plan
 from fvlm_export.quantized import dequantize
-from fvlm_export.safetensor_file import SafetensorFile, TensorInfo, WrittenFile
+from fvlm_export.safetensor_file import SafetensorFile, TensorInfo
 
 SAMPLE = 16  # merged tensors recomputed in fp64, spread evenly; every kind of change is among them
 _COMPUTE = 1e-5  # of the largest value: what fp32 arithmetic may add to the rounding of the result
 _NF4 = 0.25  # NF4's relative error (Frobenius) is about 0.1 for normally distributed weights, more with outliers
 
 
-def verify_output(folder: Path, plan: Plan, merger: Merger, files: Sequence[WrittenFile]) -> dict[str, Any]:
-    """Check the written weights.
+class Verifier:
+    """Checks shards as they are finished.
 
     Args:
-        folder: where they are.
         plan: what was meant.
         merger: gives unmerged values, and recomputes.
-        files: what the writer says it wrote.
-
-    Returns:
-        What was checked and the errors measured, for the report.
-
-    Raises:
-        ExportError: something differs; the message names the tensor.
     """
-    opened = [SafetensorFile(folder / file.name) for file in files]
-    _check_names(plan, opened)
-    sample = _sample([item for item in plan.items if item.changes])
-    untouched = recomputed = 0
-    worst = {"rounding": 0.0, "nf4": 0.0}
-    for file, shard in zip(opened, plan.shards, strict=True):
-        for item in shard:
-            params = merger.unmerged(item)
-            if params is None:
-                _check_untouched(item, merger, file)
-                untouched += 1
-            else:
-                _check_finite(item, file)
-            if id(item) in sample and params is not None:
-                for name, error in _recompute(item, params, merger, file).items():
-                    worst[name] = max(worst[name], error)
-                recomputed += 1
-            merger.release(item)
-            for info in item.outputs:
-                file.release(info.name)
-    total = sum(len(item.outputs) for item in plan.items)
-    return {
-        "tensors": total,
-        "untouched_equal": untouched,
-        "recomputed_in_fp64": recomputed,
-        "largest_error": worst["rounding"],
-        **({"largest_nf4_error": worst["nf4"]} if worst["nf4"] else {}),
-    }
 
+    def __init__(self, plan: Plan, merger: Merger) -> None:
+        self._plan, self._merger = plan, merger
+        self._sampled = _sample([item for item in plan.items if item.changes])
+        self._untouched = self._recomputed = self._tensors = 0
+        self._worst = {"rounding": 0.0, "nf4": 0.0}
 
-def _check_names(plan: Plan, opened: Sequence[SafetensorFile]) -> None:
-    for file, shard in zip(opened, plan.shards, strict=True):
+    def check(self, number: int, path: Path) -> None:
+        """Check one shard.
+
+        Args:
+            number: of the shard in the plan.
+            path: its file.
+
+        Raises:
+            ExportError: something differs; the message names the tensor.
+        """
+        file = SafetensorFile(path)
+        shard = self._plan.shards[number]
         wanted = {info.name: info for item in shard for info in item.outputs}
         if wanted != file.infos:
             name = next(iter(set(wanted.items()) ^ set(file.infos.items())))[0]
-            raise ExportError(
-                f"{file.path.name} does not hold {name!r} as planned; the disk may be failing, merge again."
-            )
+            raise ExportError(f"{path.name} does not hold {name!r} as planned; the disk may be failing, merge again.")
+        for item in shard:
+            self._check_item(item, file)
+            self._merger.release(item)
+            for info in item.outputs:
+                file.release(info.name)
+        self._tensors += len(wanted)
+
+    def _check_item(self, item: Item, file: SafetensorFile) -> None:
+        params = self._merger.unmerged(item)
+        if params is None:
+            _check_untouched(item, self._merger, file)
+            self._untouched += 1
+            return
+        _check_finite(item, file)
+        if id(item) in self._sampled:
+            for name, error in _recompute(item, params, self._merger, file).items():
+                self._worst[name] = max(self._worst[name], error)
+            self._recomputed += 1
+
+    def result(self) -> dict[str, Any]:
+        """Return what was checked and the errors measured, for the report.
+
+        Raises:
+            ExportError: a planned tensor was never checked.
+        """
+        total = sum(len(item.outputs) for item in self._plan.items)
+        if self._tensors != total:
+            raise ExportError(f"{self._tensors} of {total} tensors were verified; this is an error in fvlm_export.")
+        return {
+            "tensors": total,
+            "untouched_equal": self._untouched,
+            "recomputed_in_fp64": self._recomputed,
+            "largest_error": self._worst["rounding"],
+            **({"largest_nf4_error": self._worst["nf4"]} if self._worst["nf4"] else {}),
+        }
 
 
 def _sample(items: Sequence[Item]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -12,8 +13,10 @@ from fvlm_export.resume import Journal
 from fvlm_export.safetensor_file import SafetensorWriter, WrittenFile, as_bytes
 
 
-def write_shards(plan: Plan, merger: Merger, folder: Path, journal: Journal, *, progress: bool) -> list[WrittenFile]:
-    """Compute and write every shard of a plan.
+def write_shards(
+    plan: Plan, merger: Merger, folder: Path, journal: Journal, *, progress: bool
+) -> Iterator[tuple[int, WrittenFile]]:
+    """Compute and write a plan's shards one after the other.
 
     Args:
         plan: what to write.
@@ -22,26 +25,29 @@ def write_shards(plan: Plan, merger: Merger, folder: Path, journal: Journal, *, 
         journal: of the folder: shards that it knows as finished are kept.
         progress: show a bar in bytes.
 
-    Returns:
-        The files, in order, with their hashes.
+    Yields:
+        Each shard's number and its file, as soon as it is written.
     """
-    files = []
     with tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
         for number, shard in enumerate(plan.shards):
             done = journal.finished(plan.file_name(number))
-            if done is not None:
-                files.append(done)
+            if done is None:
+                done = _write(plan, number, merger, folder, bar)
+                journal.note(done)
+            else:
                 bar.update(sum(item.nbytes for item in shard))
-                continue
-            infos = [info for item in shard for info in item.outputs]
-            with SafetensorWriter(folder / plan.file_name(number), infos) as writer:
-                for item in shard:
-                    values = merger.outputs(item)
-                    for info in item.outputs:
-                        writer.write(info.name, as_bytes(values[info.name]))
-                    del values
-                    merger.release(item)
-                    bar.update(item.nbytes)
-                files.append(writer.finish())
-            journal.note(files[-1])
-    return files
+            yield number, done
+
+
+def _write(plan: Plan, number: int, merger: Merger, folder: Path, bar: tqdm) -> WrittenFile:
+    shard = plan.shards[number]
+    infos = [info for item in shard for info in item.outputs]
+    with SafetensorWriter(folder / plan.file_name(number), infos) as writer:
+        for item in shard:
+            values = merger.outputs(item)
+            for info in item.outputs:
+                writer.write(info.name, as_bytes(values[info.name]))
+            del values
+            merger.release(item)
+            bar.update(item.nbytes)
+        return writer.finish()

@@ -50,6 +50,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.seen: list[str] = []
         self.lock = threading.Lock()
+        self.on_put: Callable[[], None] = lambda: None
 
     def fail(self, method: str, path: str, what: int | str, times: int = 1, **headers: str) -> None:
         self.faults.append(Fault(method, path, what, times, headers))
@@ -102,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         self.answer(404, {"error": "no such route"})
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def chunked(self) -> bytes:
         parts = []
@@ -177,11 +178,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(400, {"error": "wrong hash"})
         self.hub.objects[oid] = body
         self.hub.puts.append(oid)
+        self.hub.on_put()
         return self.answer(200)
 
     def commit(self, body: bytes, name: str, revision: str) -> None:
         if not self.may_write(name):
-            return
+            return None
         repo = self.hub.repos[name]
         branch = revision
         if "create_pr=1" in (urlsplit(self.path).query or ""):
@@ -225,7 +227,8 @@ class Handler(BaseHTTPRequestHandler):
         files = self.files(name, revision)
         if files is not None:
             entries = [
-                {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()
+                {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                for p, c in files.items()
             ]
             self.answer(200, entries)
 

@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+
 from fvlm_core.errors import ConfigError, ExportError
 from fvlm_export import push_to_hub_merged, read_report
 
@@ -26,7 +27,13 @@ def push(model: Any, tools: Any, tokens: dict[str, str], **kwargs: Any) -> str:
     kwargs.setdefault("token", tokens["write"])
     processor = tools.processor(tools.checkpoint())
     return push_to_hub_merged(
-        model, kwargs.pop("repo_id", "me/model"), processor, max_shard_size="400KB", progress=False, verify=False, **kwargs
+        model,
+        kwargs.pop("repo_id", "me/model"),
+        processor,
+        max_shard_size="400KB",
+        progress=False,
+        verify=False,
+        **kwargs,
     )
 
 
@@ -46,9 +53,7 @@ def test_round_trip(hub: Any, model: Any, tools: Any, tokens: Any, tmp_path: Pat
     assert not any(tokens["write"].encode() in content for content in repo.branches["main"].values())
 
 
-def test_a_cut_upload_is_sent_again_and_a_failed_push_goes_on(
-    hub: Any, model: Any, tools: Any, tokens: Any
-) -> None:
+def test_a_cut_upload_is_sent_again_and_a_failed_push_goes_on(hub: Any, model: Any, tools: Any, tokens: Any) -> None:
     hub.fail("PUT", SHARD, "cut", times=2)
     push(model, tools, tokens)
     first = len(hub.puts)
@@ -145,10 +150,25 @@ def test_stale_weights_and_adapters_do_not_survive(hub: Any, model: Any, tools: 
     assert not {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} & names
     assert "notes.txt" in names
     push(model, tools, tokens, save_method="lora")
-    assert "model.safetensors.index.json" in hub.repos["me/model"].branches["main"], "an adapter push leaves a model alone"
+    assert "model.safetensors.index.json" in hub.repos["me/model"].branches["main"], (
+        "an adapter push leaves a model alone"
+    )
 
 
 def test_staging_folder_is_gone(hub: Any, model: Any, tools: Any, tokens: Any, tmp_path: Path) -> None:
     push(model, tools, tokens, working_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert torch.is_tensor(next(model.parameters()))
+
+
+def test_shards_are_deleted_as_they_are_sent(hub: Any, model: Any, tools: Any, tokens: Any, tmp_path: Path) -> None:
+    push(model, tools, tokens)
+    whole = {n: c for n, c in hub.repos["me/model"].branches["main"].items() if n.endswith(".safetensors")}
+    hub.repos.clear()
+    hub.objects.clear()
+    held: list[int] = []
+    hub.on_put = lambda: held.append(len(list(tmp_path.rglob("*.safetensors"))))
+    push(model, tools, tokens, working_dir=tmp_path, delete_uploaded=True)
+    assert held == [1] * len(whole)
+    again = {n: c for n, c in hub.repos["me/model"].branches["main"].items() if n.endswith(".safetensors")}
+    assert again == whole

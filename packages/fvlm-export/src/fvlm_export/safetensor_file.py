@@ -138,6 +138,8 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, object]], int]:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); check the path and its permissions."
         ) from error
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{path} has no readable safetensors header; get the file again.") from error
     return size, header, 8 + length

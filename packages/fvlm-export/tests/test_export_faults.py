@@ -1,0 +1,325 @@
+"""Torn inputs, full disks and kills: a clear error or a clean rerun, and never half a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fvlm_core.errors import CheckpointError, ConfigError, ExportError
+from fvlm_export import read_report, save_pretrained_merged
+from fvlm_export.safetensor_file import SafetensorFile, SafetensorWriter, sha256_of
+from fvlm_export.write import write_shards
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def adapter(tools: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    tools.adapted(tools.load(tools.checkpoint())).save_pretrained(folder)
+    return folder
+
+
+def edit(folder: Path, to: Path, file: str, change: Any) -> Path:
+    shutil.copytree(folder, to)
+    tensors = load_file(to / file)
+    change(tensors)
+    save_file(tensors, to / file, metadata={"format": "pt"})
+    return to
+
+
+def merge(adapter: Path, out: Path, base: Path, **kwargs: Any) -> Path:
+    return save_pretrained_merged(adapter, out, base=base, progress=False, **kwargs)
+
+
+def empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def test_torn_base(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    base = tools.checkpoint()
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    cut = shutil.copytree(base, tmp_path / "cut")
+    with (cut / "model.safetensors").open("r+b") as file:
+        file.truncate((cut / "model.safetensors").stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated: tensor"):
+        merge(adapter, outputs / "out", cut)
+    (cut / "model.safetensors").write_bytes(b"\xff" * 4)
+    with pytest.raises(CheckpointError, match="truncated"):
+        merge(adapter, outputs / "out", cut)
+    lacking = edit(base, tmp_path / "lacking", "model.safetensors", lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 parameters .* 'model.language_model.norm.weight'"):
+        merge(adapter, outputs / "out", lacking)
+    sharded = tmp_path / "sharded"
+    tools.load(base).save_pretrained(sharded, max_shard_size="400KB")
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    gone = sorted(set(index["weight_map"].values()))[-1]
+    (sharded / gone).unlink()
+    with pytest.raises(CheckpointError, match=gone):
+        merge(adapter, outputs / "out", sharded)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        merge(adapter, outputs / "out", tmp_path / "nowhere")
+    assert empty(outputs)
+
+
+def test_torn_adapter(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    base = tools.checkpoint()
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    file = "adapter_model.safetensors"
+    first = next(name for name in load_file(adapter / file) if "lora_B" in name)
+
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[first][0, 0] = float("nan")
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.model.language_model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 128)
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[first] = torch.ones(7, 4)
+
+    cases = [
+        ("nan", poison, rf"'{first}' holds NaN"),
+        ("lacking", lambda t: t.pop(first), rf"lacks '{first}'"),
+        ("extra", add, r"holds '.*layers\.9\.self_attn.*', which fits no tensor"),
+        ("wide", widen, "does not fit the base"),
+    ]
+    for name, change, sentence in cases:
+        torn = edit(adapter, tmp_path / name, file, change)
+        with pytest.raises(CheckpointError, match=sentence) as caught:
+            merge(torn, outputs / "out", base)
+        assert "\n" not in str(caught.value)
+    pickled = shutil.copytree(adapter, tmp_path / "pickled")
+    (pickled / file).rename(pickled / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="save the adapter as safetensors"):
+        merge(pickled, outputs / "out", base)
+    (pickled / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read"):
+        merge(pickled, outputs / "out", base)
+    assert empty(outputs)
+
+
+def test_bad_arguments(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    base = tools.checkpoint()
+    for arguments, sentence in [
+        ({"save_method": "gguf"}, "save_method='gguf' is unknown"),
+        ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples'"),
+        ({"max_shard_size": 0}, "max_shard_size=0"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"base": "dequantized"}, "needs the live model"),
+        ({"adapters": {str(tmp_path): 1.0}}, "holds no adapter_config.json"),
+        ({"save_method": "lora", "dtype": "float16", "base": None}, "leave dtype= out"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            save_pretrained_merged(adapter, tmp_path / "out", **{"base": base, **arguments}, progress=False)
+    with pytest.raises(ConfigError, match="is a dict"):
+        save_pretrained_merged({}, tmp_path / "out")
+    with pytest.raises(ConfigError, match="no save_pretrained"):
+        save_pretrained_merged(adapter, tmp_path / "out", "processor", base=base, progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        merge(adapter, tmp_path / "file", base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_overwrite_replaces_the_whole_folder(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    base, out = tools.checkpoint(), tmp_path / "out"
+    out.mkdir()
+    (out / "keep.txt").write_text("the user's")
+    with pytest.raises(ConfigError, match="overwrite=True"):
+        merge(adapter, out, base)
+    assert (out / "keep.txt").read_text() == "the user's"
+    with pytest.raises(CheckpointError):
+        merge(adapter, out, tmp_path / "nowhere", overwrite=True)
+    assert (out / "keep.txt").read_text() == "the user's", "a failed run leaves the old output alone"
+    merge(adapter, out, base, overwrite=True)
+    assert not (out / "keep.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_what_is_written_wrong_is_not_published(
+    tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage each written shard between writing and verifying: in a merged tensor, and in an untouched one."""
+    base = tools.checkpoint()
+    for target, sentence in (("down_proj", "recomputed in fp64"), ("norm", "differs from the base")):
+
+        def damaged(*args: Any, target: str = target, **kwargs: Any) -> Any:
+            for number, file in write_shards(*args, **kwargs):
+                path = args[2] / file.name
+                tensors = load_file(path)
+                name = next(name for name in tensors if target in name)
+                tensors[name].view(-1)[3] += 0.01
+                order = SafetensorFile(path).infos
+                with path.open("r+b") as out:
+                    out.seek(8 + int.from_bytes(out.read(8), "little"))
+                    for key in order:
+                        out.write(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                yield number, file
+
+        monkeypatch.setattr("fvlm_export.build.write_shards", damaged)
+        with pytest.raises(ExportError, match=sentence):
+            merge(adapter, tmp_path / "out", base)
+        assert empty(tmp_path)
+
+
+def test_a_reload_that_answers_otherwise_is_not_published(
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge that forgets the adapter passes every check of tensors against its own plan; the logits tell."""
+    model = tools.adapted(tools.load(tools.checkpoint()))
+    monkeypatch.setattr("fvlm_export.from_live.changes_of", lambda *args: {"lm_head.weight": []})
+    with pytest.raises(ExportError, match="logits are off"):
+        save_pretrained_merged(model, tmp_path / "out", tools.processor(tools.checkpoint()), progress=False)
+    assert empty(tmp_path)
+
+
+LIMITED = """
+import resource, signal, sys
+from fvlm_export import save_pretrained_merged
+from fvlm_core.errors import FvlmError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    save_pretrained_merged(sys.argv[1], sys.argv[2], base=sys.argv[3], progress=False)
+except FvlmError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_disk_that_fills_up(tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tools.checkpoint()
+    command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(adapter), str(tmp_path / "out"), str(base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.startswith("ExportError")
+    assert "cannot be written (File too large)" in done.stdout
+    assert empty(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ExportError, match=r"GB free and the result needs"):
+        merge(adapter, tmp_path / "out", base)
+    assert empty(tmp_path)
+
+
+def test_folder_that_cannot_be_written(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises((ExportError, ConfigError)):
+        merge(adapter, blocked / "out", tools.checkpoint())
+
+
+def test_two_runs_do_not_write_the_same_output(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    from fvlm_export.work_folder import WorkFolder
+
+    with WorkFolder(tmp_path / "out", overwrite=False) as work:
+        (work.path / "mine").touch()
+        with pytest.raises(ConfigError, match="another run"):
+            merge(adapter, tmp_path / "out", tools.checkpoint())
+        assert (work.path / "mine").exists(), "the second run must not clear the first one's folder"
+
+
+def test_a_finished_shard_is_taken_over_and_a_damaged_one_is_not(
+    tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out, work = tools.checkpoint(), tmp_path / "out", tmp_path / ".out.unfinished"
+    whole = merge(adapter, tmp_path / "whole", base, max_shard_size="300KB")
+    names = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert len(names) > 3
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        for count, pair in enumerate(write_shards(*args, **kwargs)):
+            yield pair
+            if count == 2:
+                shutil.copytree(work, tmp_path / "left")
+                raise Killed
+
+    monkeypatch.setattr("fvlm_export.build.write_shards", killed)
+    with pytest.raises(Killed):
+        merge(adapter, out, base, max_shard_size="300KB")
+    monkeypatch.undo()
+    (tmp_path / "left").rename(work)  # as SIGKILL leaves it
+    with (work / names[1]).open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"oops")
+    written: list[str] = []
+    real = SafetensorWriter.finish
+    monkeypatch.setattr(SafetensorWriter, "finish", lambda self: written.append(self.path.name) or real(self))
+    merge(adapter, out, base, max_shard_size="300KB")
+    assert written == [names[1], *names[3:]], "shards 1 and 3 were finished, 2 was damaged"
+    assert {n: sha256_of(out / n) for n in names} == {n: sha256_of(whole / n) for n in names}
+    assert not (out / ".journal.jsonl").exists()
+
+
+KILLED = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import fvlm_export.write as w
+from fvlm_export import save_pretrained_merged
+import fvlm_export.from_folder
+print("ready", flush=True)
+sys.stdin.readline()
+save_pretrained_merged(sys.argv[1], sys.argv[2], base=sys.argv[3], progress=False, overwrite=True, max_shard_size="200KB")
+print("done", flush=True)
+"""
+
+
+def run_and_kill(arguments: list[str], after: float | None) -> float:
+    """Start a merge in its own process, kill it after some seconds, and return how long it ran."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    stdin, stdout = process.stdin, process.stdout
+    if stdin is None or stdout is None:
+        raise RuntimeError("no pipes")
+    assert stdout.readline().strip() == "ready"
+    begin = time.monotonic()
+    stdin.write("go\n")
+    stdin.flush()
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    stdin.close()
+    stdout.close()
+    return time.monotonic() - begin
+
+
+def test_sigkill_at_random_points(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    """Few points here; `FVLM_KILLS=50` for the full run."""
+    base, out = tools.checkpoint(), tmp_path / "out"
+    arguments = [str(adapter), str(out), str(base)]
+    took = run_and_kill(arguments, None)
+    good = {path.name: sha256_of(path) for path in out.iterdir()}
+    old = read_report(out).files
+    rng = random.Random(0)
+    for _ in range(int(os.environ.get("FVLM_KILLS", "4"))):
+        run_and_kill(arguments, rng.uniform(0.0, took))
+        assert {path.name: sha256_of(path) for path in out.iterdir()} == good, "the old folder, or the same anew"
+    assert run_and_kill(arguments, None) > 0
+    assert read_report(out).files == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "the rerun leaves nothing of the killed ones"
+
+
+def test_merged_value_that_overflows_is_an_error(tools: Any, tmp_path: Path) -> None:
+    model = tools.adapted(tools.load(tools.checkpoint()))
+    layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data *= 1e9
+    with pytest.raises(ExportError, match=r"q_proj.* NaN or infinity in torch.float16"):
+        save_pretrained_merged(model, tmp_path / "out", dtype="float16", progress=False)
+    assert empty(tmp_path)

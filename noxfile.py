@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -170,15 +171,13 @@ def build(session: nox.Session, package: str) -> None:
 
 def resolve(session: nox.Session, *arguments: str) -> None:
     """Install all packages and the test tools, with their dependencies resolved anew, free of the workspace's pins."""
-    work = Path(session.create_tmp())  # outside the workspace's root, whose constraints would hold here too
     declared = {line for name in PACKAGES for line in pyproject(folder(name))["project"]["dependencies"]}
     wanted = [*sorted(line for line in declared if not line.startswith("fvlm-")), *test_tools()]
-    (work / "wanted.in").write_text("\n".join(wanted) + "\n", encoding="utf-8")
-    python = f"--python={session.virtualenv.location}"
-    compile_ = ("uv", "pip", "compile", "--quiet", "--no-config", python, *arguments, "wanted.in", "-o", "resolved.txt")
-    with session.chdir(work):
-        session.run(*compile_, external=True, silent=True)
-        session.log((work / "resolved.txt").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as work, session.chdir(work):  # in the workspace its constraints would hold
+        Path("wanted.in").write_text("\n".join(wanted) + "\n", encoding="utf-8")
+        compile_ = ("uv", "pip", "compile", "--quiet", "--no-annotate", f"--python={session.virtualenv.location}")
+        session.run(*compile_, *arguments, "wanted.in", "-o", "resolved.txt", external=True, silent=True)
+        session.log(Path("resolved.txt").read_text(encoding="utf-8"))
         session.install("--requirements", "resolved.txt")
     session.install("--no-deps", "--reinstall", *wheels(PACKAGES))
     session.run("uv", "pip", "check", external=True)
@@ -208,8 +207,9 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Run one benchmark: `uv run nox -s bench -- kernels/rms_norm.py`."""
+    """Run one benchmark: `-- kernels.run rms_norm` means `python -m benchmarks.kernels.run rms_norm`."""
     if not session.posargs:
-        session.error("name a file below benchmarks/ after --, and its arguments")
+        session.error("name a module below benchmarks/ after --, and its arguments")
     sync(session, "--all-packages")
-    session.run("python", str(ROOT / "benchmarks" / session.posargs[0]), *session.posargs[1:])
+    module, *arguments = session.posargs
+    session.run("python", "-m", f"benchmarks.{module}", *arguments)

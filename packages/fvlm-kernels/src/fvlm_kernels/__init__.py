@@ -8,13 +8,19 @@ from .activations import gelu, quick_gelu
 from .gated import geglu, swiglu
 from .int8 import Int8Weight, dequantize_int8
 from .layer_norm import layer_norm
+from .lora import lora_linear, lora_qkv
+from .lora_layer import LoRALinear
+from .lora_mlp import lora_mlp
+from .multimodal_rotary import multimodal_rotary
 from .nf4 import dequantize_nf4
 from .nf4_format import NF4Weight
 from .nf4_quantize import quantize_nf4
 from .rms_norm import rms_norm
+from .rotary import rotary, vision_rotary
 
 __all__ = [
     "Int8Weight",
+    "LoRALinear",
     "NF4Weight",
     "__version__",
     "dequantize_int8",
@@ -22,10 +28,16 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
+    "multimodal_rotary",
     "quantize_nf4",
     "quick_gelu",
     "rms_norm",
+    "rotary",
     "swiglu",
+    "vision_rotary",
 ]
 
 __version__ = "0.1.0"

@@ -15,8 +15,10 @@ from .multimodal_rotary import multimodal_rotary
 from .nf4 import dequantize_nf4
 from .nf4_format import NF4Weight
 from .nf4_quantize import quantize_nf4
+from .patch_embed import patch_embed
 from .rms_norm import rms_norm
 from .rotary import rotary, vision_rotary
+from .varlen_attention import varlen_attention
 
 __all__ = [
     "Int8Weight",
@@ -32,11 +34,13 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "multimodal_rotary",
+    "patch_embed",
     "quantize_nf4",
     "quick_gelu",
     "rms_norm",
     "rotary",
     "swiglu",
+    "varlen_attention",
     "vision_rotary",
 ]
 

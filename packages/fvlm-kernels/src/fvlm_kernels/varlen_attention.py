@@ -1,0 +1,143 @@
+"""Attention within segments of one packed row: images, windows or documents of different lengths, without padding.
+
+Maths, for every segment of tokens [cu[i], cu[i+1]) and head h, whose keys are those of head ⌊h · Hkv / H⌋::
+
+    out = softmax(scale · Q Kᵀ  + mask) V,      mask = 0, or −∞ above the diagonal where causal
+
+Gradients are those of scaled dot-product attention (Dao, FlashAttention-2, 2023).
+
+Backends, since nothing here is a kernel of our own:
+
+* ``"flash"``: ``torch.nn.attention.varlen.varlen_attn`` of torch 2.11 or later, on a GPU, in fp16 and bf16: one launch
+  over all segments, no host synchronization when ``max_seqlen`` is given. Forward is deterministic; backward adds up dQ
+  with atomics, so that two runs may differ in the last bits.
+* ``"torch"``: the reference, ``scaled_dot_product_attention`` segment by segment. It reads the lengths on the host.
+
+Numerics: scores and softmax in fp32; ``"flash"`` rounds the probabilities to the inputs' dtype for the second product.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ._launch import check_floating, check_same_device, check_same_dtype, check_shape
+
+AttentionImpl = Literal["flash", "torch"]
+HAS_VARLEN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def _ref(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float | None
+) -> torch.Tensor:
+    """Attend segment by segment in plain PyTorch; float64 stays float64."""
+    lengths = cu_seqlens.diff().tolist()
+    outs = []
+    for segment in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        heads_first = (t.transpose(0, 1).unsqueeze(0) for t in segment)
+        out = scaled_dot_product_attention(
+            *heads_first, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs) if outs else torch.zeros_like(q)
+
+
+def _flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # absent before torch 2.10, and of another signature in it
+
+    window = (-1, 0) if causal else (-1, -1)
+    cu = cu_seqlens.to(torch.int32)
+    out = varlen_attn(q, k, v, cu, cu, max_seqlen, max_seqlen, scale=scale, window_size=window)
+    if isinstance(out, tuple):  # only where auxiliary outputs are asked for
+        out = out[0]
+    return out
+
+
+def _use_flash(impl: AttentionImpl | None, q: torch.Tensor) -> bool:
+    possible = HAS_VARLEN and q.is_cuda and q.dtype in FLASH_DTYPES and q.shape[-1] <= MAX_HEAD_DIM
+    if impl is None:
+        return possible
+    if impl not in ("flash", "torch"):
+        raise ValueError(f'varlen_attention: impl is {impl!r}; it must be None, "flash" or "torch"')
+    if impl == "flash" and not possible:
+        raise ValueError(
+            f'varlen_attention: impl is "flash" with {q.dtype} of {q.shape[-1]} channels on {q.device} and torch'
+            f" {torch.__version__}; it needs fp16 or bf16, at most {MAX_HEAD_DIM} channels, a GPU and torch 2.11, use"
+            ' impl="torch"'
+        )
+    return impl == "flash"
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: AttentionImpl | None = None,
+) -> torch.Tensor:
+    """Attend within each segment of a packed row; see the module for maths, backends and numerics.
+
+    Args:
+        q: ``(T, H, D)``, floating.
+        k: ``(T, Hkv, D)``, same dtype; H is a multiple of Hkv.
+        v: like ``k``.
+        cu_seqlens: ``(segments + 1,)`` integers: where each segment starts, and T. It is not read on the host with
+            ``"flash"``, so that its contents are trusted there.
+        max_seqlen: length of the longest segment; ``None`` reads it from the device, which synchronizes.
+        causal: whether a token sees only itself and what comes before it in its segment.
+        scale: what the scores are multiplied by; ``None`` for 1 / √D.
+        impl: ``"flash"``, ``"torch"``, or ``None`` for flash where it can run.
+
+    Returns:
+        ``(T, H, D)`` in ``q``'s dtype.
+
+    Raises:
+        ValueError: shapes or devices do not fit, the lengths do not add up (``"torch"``), or flash cannot run here.
+        TypeError: dtypes are not floating or differ, or ``cu_seqlens`` is not of integers.
+
+    Example:
+        >>> out = varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+    """
+    check_floating("varlen_attention", q=q, k=k, v=v)
+    check_same_dtype("varlen_attention", q=q, k=k, v=v)
+    check_same_device("varlen_attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    check_shape("varlen_attention", "v", v, k.shape)
+    if q.dim() != 3 or k.dim() != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]) or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"varlen_attention: q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}; they must be (T, H, D) and"
+            " (T, Hkv, D), H a multiple of Hkv"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"varlen_attention: cu_seqlens has dtype {cu_seqlens.dtype}; it must be int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"varlen_attention: cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be (segments + 1,)"
+        )
+    if _use_flash(impl, q):
+        if q.numel() == 0:
+            return q + 0 * (k.sum() + v.sum())  # keeps the graph where there is nothing to attend to
+        longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+        return _flash(q, k, v, cu_seqlens, longest, causal, scale)
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != q.shape[0] or sorted(starts) != starts:
+        raise ValueError(
+            f"varlen_attention: cu_seqlens starts at {starts[0]} and ends at {starts[-1]}; it must rise from 0 to"
+            f" {q.shape[0]}"
+        )
+    return _ref(q, k, v, cu_seqlens, causal, scale)

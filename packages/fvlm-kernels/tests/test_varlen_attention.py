@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from fvlm_kernels import varlen_attention
+from fvlm_kernels.testing import check_against_reference, randn, run_with_gradients
+
+LENGTHS = [[5], [3, 1, 7], [4, 0, 2, 0], [64, 17]]
+
+
+def inputs_of(lengths, dtype, device, heads=4, kv_heads=2, width=32):
+    total = sum(lengths)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    return {
+        "q": randn(total, heads, width, dtype=dtype, device=device, seed=1),
+        "k": randn(total, kv_heads, width, dtype=dtype, device=device, seed=2),
+        "v": randn(total, kv_heads, width, dtype=dtype, device=device, seed=3),
+        "cu_seqlens": cu,
+    }
+
+
+def masked(q, k, v, cu_seqlens, causal=False, scale=None):
+    """The definition: one dense softmax over all tokens, other segments masked."""
+    total, heads, width = q.shape
+    place = torch.arange(total, device=q.device)
+    segment = torch.bucketize(place, cu_seqlens[1:], right=True)
+    seen = segment[:, None] == segment[None, :]
+    if causal:
+        seen = seen & (place[:, None] >= place[None, :])
+    k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("thd,shd->hts", q, k).to(wide) * (1 / math.sqrt(width) if scale is None else scale)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(q.dtype)
+    return torch.einsum("hts,shd->thd", weights, v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("impl", ["torch", pytest.param("flash", marks=pytest.mark.gpu)])
+def test_policy(lengths, causal, impl, dtype, device):
+    if impl == "flash" and dtype == torch.float32:
+        pytest.skip("flash takes no fp32")
+    tensors = inputs_of(lengths, dtype, device)
+    ours = partial(varlen_attention, causal=causal, impl=impl)
+    check_against_reference(ours, partial(masked, causal=causal), tensors, ["q", "k", "v"])
+
+
+def test_scale(device):
+    tensors = inputs_of([3, 4], torch.float32, device, heads=2, kv_heads=2)
+    check_against_reference(partial(varlen_attention, scale=0.5), partial(masked, scale=0.5), tensors, ["q", "k", "v"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 72, 80, 128])
+def test_flash_at_real_head_sizes(width, device):
+    tensors = inputs_of([257, 64, 130], torch.bfloat16, device, heads=16, kv_heads=16, width=width)
+    check_against_reference(partial(varlen_attention, max_seqlen=257), masked, tensors, ["q", "k", "v"])
+
+
+def test_a_segment_does_not_see_another(device):
+    tensors = inputs_of([3, 4], torch.float32, device)
+    before = varlen_attention(**tensors)
+    tensors["v"][3:] += 100
+    tensors["k"][3:] += 1
+    assert torch.equal(varlen_attention(**tensors)[:3], before[:3])
+
+
+def test_empty(device):
+    tensors = inputs_of([0], torch.float32, device)
+    (out,), grads = run_with_gradients(varlen_attention, tensors, ["q"])
+    assert out.shape == grads["q"].shape == (0, 4, 32)
+
+
+@pytest.mark.gpu
+def test_flash_needs_no_host_when_the_longest_is_known():
+    tensors = inputs_of([5, 9], torch.bfloat16, torch.device("cuda"))
+    varlen_attention(**tensors, max_seqlen=9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        varlen_attention(**tensors, max_seqlen=9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_flash_compiles_as_one_graph():
+    tensors = inputs_of([5, 9], torch.bfloat16, torch.device("cuda"))
+    compiled = torch.compile(partial(varlen_attention, max_seqlen=9), fullgraph=True)
+    eager, fused = (
+        run_with_gradients(f, tensors, ["q", "k", "v"]) for f in (partial(varlen_attention, max_seqlen=9), compiled)
+    )
+    torch.testing.assert_close(eager, fused)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "it must rise from 0 to 5"),
+        ({"cu_seqlens": torch.tensor([1, 5])}, ValueError, "starts at 1"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 5])}, ValueError, "it must rise"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "torch.float32; it must be int32"),
+        ({"cu_seqlens": torch.tensor(5)}, ValueError, "cu_seqlens has shape"),
+        ({"k": torch.ones(5, 3, 8), "v": torch.ones(5, 3, 8)}, ValueError, "H a multiple of Hkv"),
+        ({"v": torch.ones(5, 1, 8)}, ValueError, "v has shape"),
+        ({"q": torch.ones(5, 4, 8, dtype=torch.float16)}, TypeError, "k has torch.float32"),
+        ({"impl": "triton"}, ValueError, "impl is 'triton'"),
+        ({"impl": "flash"}, ValueError, "it needs fp16 or bf16"),
+    ],
+)
+def test_bad_input_gets_one_sentence(change, error, words):
+    arguments = {
+        "q": torch.ones(5, 4, 8),
+        "k": torch.ones(5, 2, 8),
+        "v": torch.ones(5, 2, 8),
+        "cu_seqlens": torch.tensor([0, 2, 5]),
+        **change,
+    }
+    with pytest.raises(error, match=words) as caught:
+        varlen_attention(**arguments)
+    assert "\n" not in str(caught.value)

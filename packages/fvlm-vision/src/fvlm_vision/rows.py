@@ -42,11 +42,17 @@ class NumberedRows(Dataset[Any]):
         return NumberedSample(sample, index) if isinstance(sample, dict) else sample
 
 
-def training_rows(dataset: Any, name: str) -> Any:
-    """Return what a trainer iterates over: numbered rows of anything with a length, or a stream as it is.
+def training_rows(dataset: Any, name: str, *, numbered: bool = True) -> Any:
+    """Return what a trainer iterates over: rows of anything with a length, or a stream as it is.
 
     Images of a `datasets.Dataset` are left encoded, so that the collator decodes them under its own limits and can
     say which row holds a corrupt one.
+
+    Args:
+        dataset: what the user gave.
+        name: of the argument it was given for.
+        numbered: whether mappings come out as `NumberedSample`. A collator of the user's own gets its samples as they
+            are in the dataset: the same objects of a list, every time.
 
     Raises:
         ConfigError: it is missing, empty, or neither a sequence nor a stream; `name` is the argument.
@@ -64,7 +70,7 @@ def training_rows(dataset: Any, name: str) -> Any:
         raise ConfigError(f"{name} is empty; pass at least one sample.")
     if isinstance(dataset, datasets.Dataset):
         dataset = _undecoded(dataset)
-    return dataset if isinstance(dataset, NumberedRows) else NumberedRows(dataset)
+    return NumberedRows(dataset) if numbered and not isinstance(dataset, NumberedRows) else dataset
 
 
 def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -76,8 +76,9 @@ class FastVisionTrainer(SFTTrainer):
             processor = data_collator.processor
         if processor is None:
             raise ConfigError("no processor is given; pass the one that FastVisionModel.from_pretrained returns.")
-        rows = training_rows(train_dataset, "train_dataset")
-        eval_rows = _eval_rows(eval_dataset)
+        self._numbered = data_collator is None or isinstance(data_collator, FastVisionDataCollator)
+        rows = training_rows(train_dataset, "train_dataset", numbered=self._numbered)
+        eval_rows = _eval_rows(eval_dataset, self._numbered)
         own = own_copy(args)
         if peft_config is not None:
             transformers.set_seed(own.seed)  # as trl does, which would then cast the new adapter
@@ -137,7 +138,7 @@ class FastVisionTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Evaluate; `eval_dataset` may be anything that the trainer itself takes."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = _eval_rows(eval_dataset)
+            eval_dataset = _eval_rows(eval_dataset, self._numbered)
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return result
 
@@ -209,12 +210,14 @@ def _collator(
     return collator.keeping_empty_batches()
 
 
-def _eval_rows(eval_dataset: Any) -> Any:
+def _eval_rows(eval_dataset: Any, numbered: bool) -> Any:
     if eval_dataset is None:
         return None
     if isinstance(eval_dataset, dict):
-        return {key: training_rows(part, f"eval_dataset[{key!r}]") for key, part in eval_dataset.items()}
-    return training_rows(eval_dataset, "eval_dataset")
+        return {
+            key: training_rows(part, f"eval_dataset[{key!r}]", numbered=numbered) for key, part in eval_dataset.items()
+        }
+    return training_rows(eval_dataset, "eval_dataset", numbered=numbered)
 
 
 def _stand_in(rows: Any) -> Any:

@@ -55,6 +55,21 @@ def test_datasets_and_streams(lora, processor, arguments, picture, caplog, train
     )
 
 
+def test_a_collator_of_the_users_own_gets_the_very_samples_of_the_list(lora, processor, rows, arguments, trained):
+    model = lora()
+    inner, seen = FastVisionDataCollator(model, processor), []
+
+    def collate(samples):
+        seen.extend(samples)
+        return inner(samples)
+
+    trained(
+        FastVisionTrainer(model=model, tokenizer=processor, data_collator=collate, train_dataset=rows, args=arguments())
+    )
+    assert seen
+    assert {id(sample) for sample in seen} <= {id(sample) for sample in rows}
+
+
 def test_a_corrupt_row_is_named(lora, processor, rows, arguments):
     rows[5]["messages"][0]["content"].insert(0, {"type": "image", "image": b"broken"})
     for workers in (0, 1):

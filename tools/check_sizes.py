@@ -66,7 +66,7 @@ def sizes(path: Path, name: str) -> Iterator[Size]:
     """Yield the size of the file at `path`, which reports call `name`, and of each of its functions."""
     text = path.read_text(encoding="utf-8")
     file_lines = len(text.splitlines())
-    for qualified, function in _functions(ast.parse(text)):
+    for qualified, function in _functions(ast.parse(text, filename=name)):
         if _is_kernel(function):
             file_lines -= (function.end_lineno or 0) - function.lineno + 1
         else:
@@ -105,7 +105,11 @@ def main(arguments: list[str]) -> int:
     root = Path(arguments[0]) if arguments else Path(__file__).resolve().parent.parent
     waivers = tomllib.loads((root / WAIVERS).read_text(encoding="utf-8"))
     names = python_files(root)
-    found = {size.where: size for name in names for size in sizes(root / name, name)}
+    try:
+        found = {size.where: size for name in names for size in sizes(root / name, name)}
+    except SyntaxError as error:
+        print(f"{error.filename}:{error.lineno} is not valid Python: {error.msg}")
+        return 1
     problems = judge(found, waivers)
     print("\n".join(problems) or f"{len(names)} files are within their limits, {len(waivers)} of them by a waiver")
     return 1 if problems else 0

@@ -51,10 +51,13 @@ def test_device_memory_is_a_resource_and_other_errors_are_bugs() -> None:
 
 
 def test_hub_errors_are_remote() -> None:
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     for error in (OfflineModeIsEnabled("offline"), ConnectionError("refused")):
         verdict = judge(error)
         assert verdict is not None
         assert verdict[0] == Exit.REMOTE
-    assert judge(caused(LocalEntryNotFoundError("gone"))) is not None
+    hidden = CheckpointError("not to be had.")
+    hidden.__context__ = LocalTokenNotFoundError("log in")  # as `raise … from None` leaves it
+    verdict = judge(hidden)
+    assert verdict == (Exit.REMOTE, "not to be had.")

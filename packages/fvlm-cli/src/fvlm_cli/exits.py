@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Iterator
 from enum import IntEnum
 
 from fvlm_core.errors import CheckpointError, DataError, ExportError, FvlmError, MissingExtraError
@@ -24,6 +25,7 @@ class Exit(IntEnum):
 # Other errors that mean one of these: what the file system, the device and the network say.
 HANDLED = (FvlmError, OSError, MemoryError, RuntimeError)
 
+_REMOTE = {"huggingface_hub.errors": ("HfHubHTTPError", "LocalTokenNotFoundError"), "httpx": ("HTTPError",)}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -44,18 +46,25 @@ def judge(error: BaseException) -> tuple[Exit, str] | None:
 
 
 def _kind(error: FvlmError) -> Exit:
+    causes = list(_causes(error))
+    if isinstance(error, CheckpointError | ExportError) and any(_is_remote(cause) for cause in causes):
+        return Exit.REMOTE
     if isinstance(error, DataError | CheckpointError):
         return Exit.DATA
     if isinstance(error, MissingExtraError):
         return Exit.RESOURCES
     if isinstance(error, ExportError):
-        cause = error.__cause__
-        if cause is not None and _is_remote(cause):
-            return Exit.REMOTE
-        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
-            return Exit.RESOURCES
-        return Exit.FAILED
+        no_room = any(isinstance(cause, OSError) and cause.errno in _NO_ROOM for cause in causes)
+        return Exit.RESOURCES if no_room else Exit.FAILED
     return Exit.USAGE
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield what led to an error, also where `raise … from None` keeps it from the user."""
+    following = error.__cause__ or error.__context__
+    while following is not None:
+        yield following
+        following = following.__cause__ or following.__context__
 
 
 def _is_out_of_device_memory(error: BaseException) -> bool:
@@ -66,8 +75,13 @@ def _is_out_of_device_memory(error: BaseException) -> bool:
 def _is_remote(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    errors = sys.modules.get("huggingface_hub.errors")
-    return errors is not None and isinstance(error, errors.HfHubHTTPError)
+    kinds = [
+        kind
+        for module, names in _REMOTE.items()
+        if module in sys.modules  # what was never imported has raised nothing
+        for kind in (getattr(sys.modules[module], name) for name in names)
+    ]
+    return isinstance(error, tuple(kinds))
 
 
 def _sentence(text: str) -> str:

@@ -1,0 +1,95 @@
+"""`fvlm push` through the installed script, to the Hub of fvlm-export's tests on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = ROOT / "packages/fvlm-export/tests/hub/conftest.py"
+
+
+@pytest.fixture(scope="module")
+def hub_module() -> Any:
+    spec = importlib.util.spec_from_file_location("hub_server", SERVER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hub_server"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub(hub_module: Any) -> Iterator[Any]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), hub_module.Handler)
+    server.daemon_threads = True
+    made = hub_module.Hub(f"http://127.0.0.1:{server.server_address[1]}")
+    hub_module.Handler.hub = made
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield made
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def adapter(qwen2_vl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fvlm_vision import FastVisionModel
+
+    folder = tmp_path_factory.mktemp("push") / "adapter"
+    model, processor = FastVisionModel.from_pretrained(str(qwen2_vl_folder), load_in_16bit=True)
+    FastVisionModel.get_peft_model(model, r=2).save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
+    return folder
+
+
+def push(hub: Any, adapter: Path, token: str, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": token,
+    }
+    script = str(Path(sys.executable).with_name("fvlm"))
+    done = subprocess.run(
+        [script, "push", str(adapter), "me/model", "--json", *words],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert token not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_an_adapter_is_merged_and_arrives(hub: Any, hub_module: Any, adapter: Path, tmp_path: Path) -> None:
+    from fvlm_export import save_pretrained_merged
+
+    done = push(hub, adapter, hub_module.TOKEN, tmp_path, "--private")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["url"].startswith(f"{hub.url}/me/model/commit/")
+    assert hub.repos["me/model"].private
+    here = save_pretrained_merged(adapter, tmp_path / "merged", progress=False)
+    there = hub.repos["me/model"].branches["main"]
+    assert there["model.safetensors"] == (here / "model.safetensors").read_bytes()
+    assert "adapter_config.json" not in there
+
+
+def test_a_token_without_rights_is_a_remote_failure(hub: Any, hub_module: Any, adapter: Path, tmp_path: Path) -> None:
+    done = push(hub, adapter, hub_module.READ_ONLY, tmp_path, "--save-method", "lora")
+    assert done.returncode == 5, done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 5
+    assert "write" in done.stderr
+    assert hub.repos == {}

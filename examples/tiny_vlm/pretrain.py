@@ -101,11 +101,14 @@ def main(given: list[str] | None = None) -> None:
     from architecture import write_untrained
     from measure import measure
 
+    from fvlm_vision import FastVisionModel
+
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tiny_vlm-") as folder:
         base = write_untrained(Path(folder) / "untrained", options.seed)
         model, processor, log = train(base, options, Path(folder) / "trainer")
     seconds = time.perf_counter() - begun
+    FastVisionModel.for_inference(model)  # also in the config that is saved: with the key-value cache
     model.to(torch.bfloat16).save_pretrained(options.output)
     processor.save_pretrained(options.output)
     results = {

@@ -32,7 +32,7 @@ def quickstart(
     from fvlm_cli.quickstart.run import Settings, run
 
     settings = Settings(output=output, steps=steps, seed=seed)
-    with _library_bars_off():
+    with _transformers_quiet():
         if out.interactive:
             with ProgressWatcher(out.stderr) as watcher:
                 summary = run(settings, watcher)
@@ -43,16 +43,18 @@ def quickstart(
 
 
 @contextmanager
-def _library_bars_off() -> Iterator[None]:
-    """Keep transformers' own progress bars out of ours."""
+def _transformers_quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings out of our own progress."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
 
 

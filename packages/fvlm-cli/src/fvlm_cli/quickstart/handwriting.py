@@ -61,14 +61,32 @@ def split() -> tuple[list[int], list[int]]:
     return order[:TRAIN_SCANS], order[TRAIN_SCANS:]
 
 
-def _stamp(scan: NDArray[Any], side: int) -> NDArray[np.uint8]:
-    """Enlarge a scan to ``side`` × ``side`` pixels of dark ink on white, uint8."""
+def _stamp(scan: NDArray[Any], side: int) -> Image.Image:
+    """Enlarge a scan to ``side`` × ``side`` pixels of dark ink on white (mode ``L``)."""
     ink = Image.fromarray((255 - scan * (255 / 16)).astype(np.uint8))
-    return np.asarray(ink.resize((side, side), Image.Resampling.BICUBIC))
+    return ink.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def write(rng: random.Random, pool: list[int]) -> Writing:
-    """Write a string of three to five digits taken from ``pool``, at a random place with random spacing."""
+def _vary(stamp: Image.Image, rng: random.Random) -> Image.Image:
+    """Turn, slant, stretch and shift a digit a little, as the same hand might on another day."""
+    turn, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
+    wide, tall = rng.uniform(0.85, 1.15), rng.uniform(0.85, 1.15)
+    middle = stamp.width / 2
+    # Output → input, about the middle: x' = wide·x + slant·y, y' = turn·x + tall·y.
+    shift_x = middle * (1 - wide - slant) + rng.uniform(-1.5, 1.5)
+    shift_y = middle * (1 - turn - tall) + rng.uniform(-1.5, 1.5)
+    grid = (wide, slant, shift_x, turn, tall, shift_y)
+    return stamp.transform(stamp.size, Image.Transform.AFFINE, grid, Image.Resampling.BILINEAR, fillcolor=255)
+
+
+def write(rng: random.Random, pool: list[int], *, varied: bool) -> Writing:
+    """Write a string of three to five digits taken from ``pool``, at a random place with random spacing.
+
+    Args:
+        rng: where every choice comes from.
+        pool: indices of the scans to take.
+        varied: give each digit another turn, slant and proportion than its scan has.
+    """
     images, digits = _scans()
     scans = tuple(rng.choice(pool) for _ in range(rng.randint(3, 5)))
     sides = [rng.randint(_DIGIT - 2, _DIGIT) for _ in scans]
@@ -79,13 +97,14 @@ def write(rng: random.Random, pool: list[int]) -> Writing:
         x = min(x, WIDTH - side)
         y = rng.randint(2, HEIGHT - side - 2)
         place = paper[y : y + side, x : x + side]
-        np.minimum(place, _stamp(images[scan], side), out=place)
+        stamp = _stamp(images[scan], side)
+        np.minimum(place, np.asarray(_vary(stamp, rng) if varied else stamp), out=place)
         x += side + gap
     return Writing(Image.fromarray(paper), "".join(str(digits[scan]) for scan in scans), scans)
 
 
 def writings(count: int, seed: int, *, test: bool) -> list[Writing]:
-    """Write ``count`` strings from the training scans or from the test scans.
+    """Write ``count`` strings from the training scans, varied, or from the test scans, as they are.
 
     Args:
         count: how many, at least 1.
@@ -99,4 +118,4 @@ def writings(count: int, seed: int, *, test: bool) -> list[Writing]:
         raise ConfigError(f"count={count} handwritten strings cannot be made: ask for at least 1.")
     pool = split()[test]
     rng = random.Random(f"{seed}-{'test' if test else 'train'}")
-    return [write(rng, pool) for _ in range(count)]
+    return [write(rng, pool, varied=not test) for _ in range(count)]

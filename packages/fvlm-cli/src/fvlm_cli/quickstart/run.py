@@ -59,7 +59,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``summary.json`` holds: fractions from 0 to 1, times in seconds of wall clock."""
+    """What ``summary.json`` holds.
+
+    Attributes:
+        accuracy_before: fraction of the test images that were read exactly before training.
+        accuracy_after: the same after training.
+        merged_agreement: fraction of the test images that the merged model reads as the adapter model does.
+        train_seconds: wall clock of the training steps.
+        total_seconds: wall clock of the whole run, up to the writing of the report.
+        device: the GPU's name, or ``"cpu"``.
+        output_dir: where everything lies.
+        accuracy_merged: fraction that the merged model reads exactly.
+        merge_base: what the adapter was merged onto (see `fvlm_export.save_pretrained_merged`).
+        test_images: how many.
+        steps: optimizer steps.
+        batch_size: images a step.
+        seed: as asked for.
+        parameters: of the model without its adapter.
+        trainable_parameters: of the adapter.
+        final_loss: of the last step, in nats a token.
+    """
 
     accuracy_before: float
     accuracy_after: float
@@ -107,9 +126,9 @@ def run(settings: Settings, watcher: Watcher, *, checkpoint: Path | None = None)
     """
     begun = time.perf_counter()
     base = shipped_checkpoint() if checkpoint is None else checkpoint
-    folder = fresh_folder(settings.output)
     watcher.begin("Load the tiny VLM in 4 bit", 1)
     model, processor = _load(base)
+    folder = fresh_folder(settings.output)  # after all that can be wrong, so that nothing is left behind
     test = writings(settings.test_images, settings.seed, test=True)
     lessons = writings(settings.steps * BATCH, settings.seed, test=False)
     before = _read(model, processor, test, "Read handwriting before training", watcher)
@@ -145,8 +164,9 @@ def _save_and_reload(model: Any, processor: Any, folder: Path, test: list[Writin
     model.save_pretrained(folder / "adapter")
     processor.save_pretrained(folder / "adapter")
     watcher.advance()
-    # The adapter was trained over NF4 weights, and a model this small feels the difference from the 16-bit ones: merged
-    # onto what training saw, the model reads what the adapter model reads.
+    # The adapter was trained over NF4 weights, and a model this small feels their difference from the 16-bit ones. Of
+    # 512 test images, a model merged onto the original weights read 98.8 % as the adapter model did; merged onto what
+    # training saw, all of them (fp32 on a CPU; in bf16 98.0 % and 99.8 %).
     model.save_pretrained_merged(
         folder / "merged", processor, save_method="merged_16bit", base=MERGE_BASE, dtype="bfloat16", progress=False
     )
@@ -172,6 +192,7 @@ def _write_down(
     from fvlm_cli.report import write_quickstart_report
 
     watcher.begin("Write the report", 1)
+    trainable = model.num_parameters(only_trainable=True)
     on_gpu = model.device.type == "cuda"
     summary = Summary(
         accuracy_before=exact_match(readings.before, readings.truth),
@@ -187,8 +208,8 @@ def _write_down(
         steps=settings.steps,
         batch_size=BATCH,
         seed=settings.seed,
-        parameters=model.get_base_model().num_parameters(),
-        trainable_parameters=model.num_parameters(only_trainable=True),
+        parameters=model.num_parameters() - trainable,
+        trainable_parameters=trainable,
         final_loss=training.losses[-1],
     )
     images = [writing.image for writing in test]

@@ -89,6 +89,7 @@ def train(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=model.device.type == "cuda",
             seed=seed,
         )
         FastVisionModel.for_training(model)

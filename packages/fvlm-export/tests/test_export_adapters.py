@@ -87,7 +87,7 @@ def test_two_adapters_with_weights(tools: Any, tmp_path: Path) -> None:
     folders = save_pretrained_merged(
         first, tmp_path / "weighted", base=base, adapters={str(first): 0.5, str(second): -1.5}, progress=False
     )
-    for name, module in model.named_modules():
+    for module in model.modules():
         for adapter, weight in weights.items():
             if isinstance(module, LoraLayer) and adapter in module.scaling:
                 module.scaling[adapter] *= weight

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
 from fvlm_export import read_report, save_pretrained_merged
 from fvlm_export.safetensor_file import SafetensorFile, SafetensorWriter, sha256_of
 from fvlm_export.write import write_shards
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -266,15 +267,10 @@ def test_a_finished_shard_is_taken_over_and_a_damaged_one_is_not(
 
 
 KILLED = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import fvlm_export.write as w
-from fvlm_export import save_pretrained_merged
-import fvlm_export.from_folder
-print("ready", flush=True)
-sys.stdin.readline()
-save_pretrained_merged(sys.argv[1], sys.argv[2], base=sys.argv[3], progress=False, overwrite=True, max_shard_size="200KB")
-print("done", flush=True)
+import sys, warnings warnings.simplefilter("ignore") import fvlm_export.write as w from fvlm_export import
+save_pretrained_merged import fvlm_export.from_folder print("ready", flush=True) sys.stdin.readline()
+save_pretrained_merged(sys.argv[1], sys.argv[2], base=sys.argv[3], progress=False, overwrite=True,
+max_shard_size="200KB") print("done", flush=True)
 """
 
 

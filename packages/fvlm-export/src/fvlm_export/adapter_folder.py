@@ -1,7 +1,8 @@
 """An adapter's folder, put into a skeleton so that PEFT's own layers can be read.
 
-The base parameters become placeholders that take no memory; only the adapter's tensors are real. What PEFT would load with
-a warning is an error here: a tensor of the file that fits nowhere, or one that the config asks for and the file lacks.
+The base parameters become placeholders that take no memory; only the adapter's tensors are real. What PEFT would load
+with a warning is an error here: a tensor of the file that fits nowhere, or one that the config asks for and the file
+lacks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -48,7 +50,8 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     if kind != "LORA":
         raise CheckpointError(f"{path} is of peft_type {kind!r}; only LORA adapters can be merged.")
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+        return config
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used ({error}); it may need another version of peft.") from error
 
@@ -91,7 +94,7 @@ def place_adapters(folders: Mapping[str, Path], skeleton: Skeleton, layout: Layo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of here is either an error below or handled by the merge
         for name, folder in folders.items():
-            config = read_adapter_config(folder)
+            config: Any = read_adapter_config(folder)
             config.inference_mode = True
             config.init_lora_weights = True  # an initialization from the base's values would read placeholders
             try:
@@ -115,8 +118,8 @@ def place_adapters(folders: Mapping[str, Path], skeleton: Skeleton, layout: Layo
 def _fill_base(peft: PeftModel) -> list[torch.nn.Parameter]:
     """Give every base parameter a CPU placeholder: PEFT moves an adapter to wherever its base layer is.
 
-    It also casts an adapter to its base layer's dtype, which would round what was trained in fp32; an integer placeholder,
-    which is what a quantized layer looks like, keeps it from that.
+    It also casts an adapter to its base layer's dtype, which would round what was trained in fp32; an integer
+    placeholder, which is what a quantized layer looks like, keeps it from that.
     """
     made = []
     for path, module in peft.named_modules():
@@ -147,7 +150,7 @@ def _load(peft: PeftModel, adapter: str, folder: Path, layout: Layout) -> None:
     if missing:
         raise CheckpointError(f"{path} lacks {missing[0]!r}, which its config asks for; save the adapter again.")
     try:
-        result = set_peft_model_state_dict(peft, tensors, adapter_name=adapter, low_cpu_mem_usage=True)
+        result: Any = set_peft_model_state_dict(peft, tensors, adapter_name=adapter, low_cpu_mem_usage=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path} does not fit the base ({_line(error)}); pass the base it was trained on."

@@ -1,8 +1,8 @@
 """What the adapters of a PEFT model change, parameter by parameter, read off PEFT's own layers.
 
-PEFT has already worked out everything that a config can say (rank and alpha patterns, rsLoRA, which modules are targeted,
-what is tied), so its layers are asked rather than the config read a second time. An adapter in a folder is put into a
-skeleton first (:mod:`fvlm_export.adapter_folder`), which makes it the same case.
+PEFT has already worked out everything that a config can say (rank and alpha patterns, rsLoRA, which modules are
+targeted, what is tied), so its layers are asked rather than the config read a second time. An adapter in a folder is
+put into a skeleton first (:mod:`fvlm_export.adapter_folder`), which makes it the same case.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def adapters_to_merge(model: nn.Module, asked: Mapping[str, float] | None) -> di
     for name in chosen:
         if held[name].peft_type != "LORA":
             raise ExportError(
-                f"adapter {name!r} is of type {held[name].peft_type}, which cannot be merged here; merge it with PEFT's "
-                "merge_and_unload, then save the model."
+                f"adapter {name!r} is of type {held[name].peft_type}, which cannot be merged here; merge it with "
+                "PEFT's merge_and_unload, then save the model."
             )
     return chosen
 
@@ -145,22 +145,25 @@ def _lora_changes(name: str, layer: LoraLayer, adapter: str, weight: float) -> l
         return []
     _check_mergeable(name, layer, adapter)
     param = f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else f"{name}.weight"
-    a = layer.lora_embedding_A[adapter] if embedding else layer.lora_A[adapter].weight
-    b = layer.lora_embedding_B[adapter] if embedding else layer.lora_B[adapter].weight
-    magnitude = layer.lora_magnitude_vector[adapter].weight if adapter in layer.lora_magnitude_vector else None
+    held: Any = layer  # PEFT's containers hold modules and parameters alike, which their annotations do not say
+    a: torch.Tensor = held.lora_embedding_A[adapter] if embedding else held.lora_A[adapter].weight
+    b: torch.Tensor = held.lora_embedding_B[adapter] if embedding else held.lora_B[adapter].weight
+    magnitude: torch.Tensor | None = None
+    if adapter in layer.lora_magnitude_vector:
+        magnitude = held.lora_magnitude_vector[adapter].weight
     if magnitude is not None:
         _only_whole(f"{name} (DoRA)", weight)
     scaling = float(layer.scaling[adapter]) * weight
     changes: list[tuple[str, Change]] = [(param, LowRank(a, b, scaling, _form(layer), magnitude))]
     if layer.lora_bias.get(adapter):
-        changes.append((f"{name}.bias", Addition(layer.lora_B[adapter].bias, scaling)))
+        changes.append((f"{name}.bias", Addition(held.lora_B[adapter].bias, scaling)))
     return changes
 
 
 def _check_mergeable(name: str, layer: LoraLayer, adapter: str) -> None:
     variant = layer.lora_variant.get(adapter)
     kind = None if variant is None else (variant if isinstance(variant, type) else type(variant)).__name__
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     if layer.merged:
         raise ExportError(f"{name} holds adapters merged into it already; call unmerge_adapter() before merging.")
     if kind is not None and kind not in _MERGEABLE_VARIANTS:

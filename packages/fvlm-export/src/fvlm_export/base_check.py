@@ -50,14 +50,14 @@ def check_live_base(base: CheckpointBase, live: LiveModel, where: str) -> int:
         base.release(slot)
         if share < _EQUAL:
             raise ExportError(
-                f"{name!r} of the model is not {where!r} quantized (only {share:.1%} of its bytes agree): that is not the "
-                "checkpoint it was trained on; pass the right one as base=, or base='dequantized'."
+                f"{name!r} of the model is not {where!r} quantized (only {share:.1%} of its bytes agree): that is not "
+                "the checkpoint it was trained on; pass the right one as base=, or base='dequantized'."
             )
     return min(len(names), _SAMPLE)
 
 
 def _share_equal(weight: Any, stored: torch.Tensor) -> float:
-    import bitsandbytes.functional as functional
+    from bitsandbytes import functional
 
     if type(weight).__name__ == "Params4bit":
         state = weight.quant_state
@@ -80,8 +80,8 @@ def _share_equal(weight: Any, stored: torch.Tensor) -> float:
 def fingerprint(files: Sequence[Path]) -> str:
     """Return a hash of a checkpoint that another set of weights would not have, without reading all of it.
 
-    It covers every shard's size and its bytes at evenly spaced places, the header among them. Names of files and folders
-    do not enter, so a copy has the same.
+    It covers every shard's size and its bytes at evenly spaced places, the header among them. Names of files and
+    folders do not enter, so a copy has the same.
     """
     digest = hashlib.sha256()
     for path in files:

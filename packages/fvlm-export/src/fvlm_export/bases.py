@@ -1,7 +1,7 @@
 """What an adapter is merged onto: a checkpoint's files, or the weights of a live model.
 
-Both give the same three things: the slots to write, in order; each stored tensor's dtype and shape, known before anything
-is computed; and the values, one slot at a time.
+Both give the same three things: the slots to write, in order; each stored tensor's dtype and shape, known before
+anything is computed; and the values, one slot at a time.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class CheckpointBase:
             stored, wanted = self.infos[slot.stored[0]].shape, skeleton.shapes[slot.params[0]]
             if stored != wanted:
                 raise CheckpointError(
-                    f"{self._home[slot.stored[0]].path} holds {slot.stored[0]!r} with shape {stored}, where the model's "
-                    f"config asks for {wanted}; use the base that belongs to this config."
+                    f"{self._home[slot.stored[0]].path} holds {slot.stored[0]!r} with shape {stored}, where the "
+                    f"model's config asks for {wanted}; use the base that belongs to this config."
                 )
 
     def stored(self, slot: Slot, device: torch.device) -> dict[str, torch.Tensor]:
@@ -144,8 +144,8 @@ class LiveBase:
         for name, tensor in tensors.items():
             if tensor.device.type == "meta":
                 raise ExportError(
-                    f"{name!r} is offloaded and cannot be read from the model; load it with device_map='cpu', or pass the "
-                    "adapter's folder."
+                    f"{name!r} is offloaded and cannot be read from the model; load it with device_map='cpu', or pass "
+                    "the adapter's folder."
                 )
         names = [name for name in tensors if skeleton.tied.get(name) not in tensors]
         self.layout, self.slots = Layout.of_model(skeleton, model, names)

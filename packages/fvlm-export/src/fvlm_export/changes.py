@@ -1,7 +1,7 @@
 """What an adapter does to one parameter, as arithmetic on the whole tensor.
 
-A parameter's changes are applied in the order of the adapters, each to the result of those before it, in fp32 (fp64 when
-the result is being verified); the caller rounds once, at the end.
+A parameter's changes are applied in the order of the adapters, each to the result of those before it, in fp32 (fp64
+when the result is being verified); the caller rounds once, at the end.
 
 * LoRA (https://arxiv.org/abs/2106.09685): ``W + s·B·A`` with ``s = alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA
   (https://arxiv.org/abs/2312.03732).
@@ -73,7 +73,8 @@ class LowRank:
             b = b.reshape(b.shape[0], -1, count)
             order = "ore,eri->eio" if self.form is Form.EXPERTS_IN_OUT else "ore,eri->eoi"
             product = torch.einsum(order, b, a)
-        return product.reshape(like.shape) * self.scaling
+        scaled: torch.Tensor = product.reshape(like.shape) * self.scaling
+        return scaled
 
     def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the changed value."""
@@ -85,7 +86,8 @@ class LowRank:
         others = [dim for dim in range(base.ndim) if dim != outputs]
         norm = torch.linalg.vector_norm(base + delta, dim=others, keepdim=True)
         magnitude = self.magnitude.detach().to(value).reshape(norm.shape)
-        return magnitude / norm * (value + delta)
+        rescaled: torch.Tensor = magnitude / norm * (value + delta)
+        return rescaled
 
     def weighted(self, weight: float) -> LowRank:
         """Return the change with its product multiplied by ``weight``."""
@@ -94,7 +96,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Puts a trained value in the parameter's place, whatever its shape was (``modules_to_save``, biases, embeddings)."""
+    """Puts a trained value in the parameter's place, whatever its shape (``modules_to_save``, biases, embeddings)."""
 
     tensor: torch.Tensor
 

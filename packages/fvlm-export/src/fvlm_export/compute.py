@@ -66,12 +66,10 @@ class Merger:
             ExportError: a merged value is not finite.
         """
         params = self.unmerged(item)
-        if params is None:
-            found = self.base.stored(item.slot, self.device)
-        else:
-            found = self.exact(item, params, torch.float32)
+        untouched = params is None
+        found = self.base.stored(item.slot, self.device) if params is None else self.exact(item, params, torch.float32)
         rounded = {info.name: found[info.name].to(info.dtype) for info in item.values}
-        if params is not None:
+        if not untouched:
             for name, value in rounded.items():
                 if not bool(torch.isfinite(value).all()):
                     raise ExportError(

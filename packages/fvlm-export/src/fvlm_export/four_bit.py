@@ -55,7 +55,7 @@ def quantization_config(skeleton: Skeleton, quantized: frozenset[str], dtype: to
     config = quantization(Precision.NF4, dtype, tuple(kept))
     if config is None:
         raise ExportError("fvlm_core knows no quantization for 4 bit; this is an error in FVLM, please report it.")
-    return config.to_dict()  # type: ignore[no-any-return]
+    return config.to_dict()
 
 
 def _kept_by_family(skeleton: Skeleton) -> tuple[str, ...]:

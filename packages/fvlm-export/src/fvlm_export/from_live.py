@@ -2,8 +2,8 @@
 
 What it is merged onto is the part that goes wrong most often elsewhere, so the rule stands alone here: a base that was
 quantized while loading is taken from its 16-bit checkpoint, because rounding weights to 4 bit is a loss that nothing
-requires; a checkpoint that is itself quantized has no original, so it is dequantized; weights that the model holds in full
-are taken from the model.
+requires; a checkpoint that is itself quantized has no original, so it is dequantized; weights that the model holds in
+full are taken from the model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Hub, through huggingface_hub: files gathered one by one, then one commit that makes all of them visible at once.
 
 Large files are uploaded when they are handed over, so each may be deleted before the next is made; until the commit,
-nothing of them shows in the repository. Files that the Hub already has are not sent again, so a push that was cut goes on
-where it stopped. Every failure becomes one sentence; the token never appears in it.
+nothing of them shows in the repository. Files that the Hub already has are not sent again, so a push that was cut goes
+on where it stopped. Every failure becomes one sentence; the token never appears in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 
 from fvlm_core.errors import ConfigError, ExportError
 
@@ -101,7 +101,8 @@ class HubRepo:
         stale = _STALE_ADAPTER if adapter else _STALE_WEIGHTS
         there = self._ask(lambda: self._api.list_repo_files(self.repo_id, revision=self.revision))
         old = [name for name in there if name not in new and any(fnmatch.fnmatch(name, glob) for glob in stale)]
-        operations = [*self._additions, *(CommitOperationDelete(path_in_repo=name) for name in old)]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*self._additions]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in old]
         info = self._ask(
             lambda: self._api.create_commit(
                 self.repo_id,
@@ -148,7 +149,7 @@ class HubRepo:
         if status == 429:
             return f"the Hub limits the rate of requests to {self.repo_id!r}; wait a few minutes and push again."
         if status is not None:
-            return f"the Hub answered {status} for {self.repo_id!r}; push again later, what was uploaded is not sent twice."
+            return f"the Hub answered {status} for {self.repo_id!r}; push again later, nothing is sent twice."
         return (
             f"pushing to {where} failed ({type(error).__name__}); check the network and push again, "
             "what was uploaded is not sent twice."

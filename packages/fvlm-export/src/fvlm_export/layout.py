@@ -1,9 +1,9 @@
 """Which tensors of a checkpoint are which parameters of the model.
 
-Checkpoints keep the names of the day they were made (``visual.blocks…``, ``model.layers…``, one tensor per expert), while
-the modules have moved on (``model.visual.blocks…``, ``model.language_model.layers…``, experts stacked). transformers
-knows both and converts while loading and back while saving; this module asks it, so that a merged checkpoint keeps the
-names of its base and every adapter finds its tensor.
+Checkpoints keep the names of the day they were made (``visual.blocks…``, ``model.layers…``, one tensor per expert),
+while the modules have moved on (``model.visual.blocks…``, ``model.language_model.layers…``, experts stacked).
+transformers knows both and converts while loading and back while saving; this module asks it, so that a merged
+checkpoint keeps the names of its base and every adapter finds its tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -60,7 +60,7 @@ class Layout:
         self.skeleton = skeleton
         self._conversions = conversions
         # revert_weight_conversion reads the conversions off the model, as after a real load
-        skeleton.model._weight_conversions = conversions
+        skeleton.model.__dict__["_weight_conversions"] = conversions
 
     @classmethod
     def of_checkpoint(
@@ -114,7 +114,8 @@ class Layout:
             return {slot.params[0]: stored[slot.stored[0]]}
         conversion = copy.deepcopy(slot.conversion)
         for name in slot.stored:
-            conversion.add_tensor(slot.params[0], name, slot.sources[name], stored[name])
+            # while saving, transformers collects tensors here; while loading, futures, which is what it declares
+            conversion.add_tensor(slot.params[0], name, slot.sources[name], cast(Any, stored[name]))
         done = conversion.convert(slot.params[0], model=self.skeleton.model, config=self.skeleton.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in done.items()}
 
@@ -137,7 +138,8 @@ class Layout:
     def stored_name(self, param: str) -> str:
         """Return the name under which a parameter that the checkpoint lacks (a tied one) is stored."""
         empty = torch.empty(self.skeleton.shapes[param], device="meta")
-        return next(iter(revert_weight_conversion(self.skeleton.model, {param: empty})))
+        (name,) = revert_weight_conversion(self.skeleton.model, {param: empty})
+        return str(name)
 
     def param_named(self, key: str) -> str:
         """Return today's module name of a parameter that may be under an older name; unknown names come back as is."""
@@ -163,7 +165,7 @@ def _place(skeleton: Skeleton, stored: list[str], mapping: list[Any]) -> list[Sl
     groups: dict[str, list[str]] = {}
     for name in stored:
         groups.setdefault(places[name][0], []).append(name)
-    slots = []
+    slots: list[Slot] = []
     for param, members in groups.items():
         members.sort(key=dot_natural_key)
         sources = {name: pattern for name in members if (pattern := places[name][1]) is not None}

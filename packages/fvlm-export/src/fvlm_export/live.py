@@ -45,7 +45,7 @@ def look_at(model: Any) -> LiveModel:
     """Collect a model's base weights; nothing is copied."""
     from peft import PeftModel
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     tensors: dict[str, torch.Tensor] = {}
     quantized: dict[str, nn.Module] = {}
     for path, module in base.named_modules(remove_duplicate=False):

@@ -1,8 +1,9 @@
-"""The last proof when the trained model is at hand: the written folder, loaded by stock transformers, answers as it does.
+"""The last proof, when the trained model is at hand: the folder, loaded by stock transformers, answers as it does.
 
-One image and one line of text go through both. What may differ depends on what was merged onto: nothing but rounding where
-the output holds what training saw; where the adapter was trained over 4- or 8-bit weights and merged onto the 16-bit
-original, or where the output is 4-bit, the answers differ by design, and the difference is recorded without a limit.
+One image and one line of text go through both. What may differ depends on what was merged onto: nothing but rounding
+where the output holds what training saw; where the adapter was trained over 4- or 8-bit weights and merged onto the
+16-bit original, or where the output is 4-bit, the answers differ by design, and the difference is recorded without a
+limit.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fvlm_export.live import LiveModel
 
 logger = logging.getLogger(__name__)
 
-# Of the largest logit. fp32: the order of additions. 16 bit: merged weights are rounded once more than the adapter's own
-# path, and every layer rounds its output; int8 also quantizes activations, which the reloaded model does not.
+# Of the largest logit. fp32: the order of additions. 16 bit: merged weights are rounded once more than the adapter's
+# own path, and every layer rounds its output; int8 also quantizes activations, which the reloaded model does not.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
 _INT8_LIMIT = 0.3
 _PROMPT = "Describe this image."
@@ -64,8 +65,8 @@ def probe(folder: Path, live: LiveModel, processor: Any, *, exact: bool, trust: 
         raise ExportError("the reloaded folder or the live model answers with NaN; nothing was left behind.")
     if limit is not None and error > limit:
         raise ExportError(
-            f"the reloaded folder's logits are off by {error:.3g} of the largest, more than {limit:g}; nothing was left "
-            "behind, please report it."
+            f"the reloaded folder's logits are off by {error:.3g} of the largest, more than {limit:g}; nothing was "
+            "left behind, please report it."
         )
     return {"error": error, "limit": limit, "image": "pixel_values" in inputs, "device": str(device)}
 

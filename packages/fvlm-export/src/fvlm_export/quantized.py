@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fvlm_core.errors import CheckpointError, MissingExtraError
+from fvlm_core.errors import CheckpointError
 from fvlm_export.safetensor_file import TensorInfo
 
 if TYPE_CHECKING:
@@ -25,19 +25,6 @@ _STATE = ".quant_state.bitsandbytes__"
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _BLOCK, _NESTED_BLOCK = 64, 256
 _STATE_BYTES = 256  # the packed JSON is padded to this, so that a shard's header is known before its tensors
-
-
-def bitsandbytes() -> Any:
-    """Import bitsandbytes.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise MissingExtraError("4-bit and 8-bit weights need bitsandbytes: pip install bitsandbytes.") from error
-    return bitsandbytes
 
 
 def companions(names: Iterable[str]) -> dict[str, list[str]]:
@@ -86,13 +73,14 @@ def dequantized_info(weight: TensorInfo, parts: Mapping[str, torch.Tensor], defa
 
 def dequantize(weight: torch.Tensor, parts: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """Return the floating-point values of a stored weight, in the dtype that bitsandbytes computes them in."""
-    functional = bitsandbytes().functional
+    from bitsandbytes import functional
+
     scales = next((value for name, value in parts.items() if name.endswith(".SCB")), None)
     if scales is not None:
-        return functional.int8_vectorwise_dequant(weight.to(device), scales.to(device))  # type: ignore[no-any-return]
+        return functional.int8_vectorwise_dequant(weight.to(device), scales.to(device))
     named = {name[name.index(".weight.") + 1 :]: value.clone() for name, value in parts.items()}
     state = functional.QuantState.from_dict(named, device=device)
-    return functional.dequantize_4bit(weight.to(device), state)  # type: ignore[no-any-return]
+    return functional.dequantize_4bit(weight.to(device), state)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -104,7 +92,7 @@ def is_quantized(module: nn.Module) -> bool:
 def live_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     """Return the floating dtype that a live quantized module stands for."""
     weight: Any = module.weight
-    return weight.quant_state.dtype if type(weight).__name__ == "Params4bit" else default  # type: ignore[no-any-return]
+    return weight.quant_state.dtype if type(weight).__name__ == "Params4bit" else default
 
 
 def live_shape(module: nn.Module) -> tuple[int, ...]:
@@ -115,12 +103,14 @@ def live_shape(module: nn.Module) -> tuple[int, ...]:
 
 def dequantize_live(module: nn.Module) -> torch.Tensor:
     """Return a live quantized module's weight in floating point: what its forward pass multiplies with."""
-    functional = bitsandbytes().functional
+    from bitsandbytes import functional
+
     weight: Any = module.weight
     if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-    scales = weight.SCB if weight.SCB is not None else module.state.SCB  # the layer takes them over when it first runs
-    return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    held: Any = module
+    scales = weight.SCB if weight.SCB is not None else held.state.SCB  # the layer takes them over when it first runs
+    return functional.int8_vectorwise_dequant(weight.data, scales)
 
 
 def nf4_infos(weight: TensorInfo) -> list[TensorInfo]:
@@ -147,7 +137,8 @@ def nf4_tensors(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     Returns:
         The tensors of :func:`nf4_infos`, in their order, on the CPU.
     """
-    functional = bitsandbytes().functional
+    from bitsandbytes import functional
+
     packed, state = functional.quantize_4bit(value.contiguous(), compress_statistics=True, quant_type="nf4")
     parts = state.as_dict(packed=True)
     facts = bytes(parts.pop(f"quant_state.bitsandbytes__{state.quant_type}").numpy())

@@ -1,7 +1,7 @@
 """Which shards an earlier, killed run of the same merge has finished.
 
-The work folder keeps a journal: the key of the merge, then one line for each finished shard. A later run with the same key
-takes those shards over after reading them once more; with any other key, or with none, it starts afresh.
+The work folder keeps a journal: the key of the merge, then one line for each finished shard. A later run with the same
+key takes those shards over after reading them once more; with any other key, or with none, it starts afresh.
 """
 
 from __future__ import annotations

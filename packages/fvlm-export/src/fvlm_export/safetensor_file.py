@@ -1,8 +1,8 @@
 """One safetensors file: read by memory map, tensor by tensor; written tensor by tensor, in a known order.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little-endian; the header, a
-JSON object ``{name: {"dtype", "shape", "data_offsets"}}``; then the tensors' bytes. Writing needs no tensor in memory but
-the one being written, because every name, dtype and shape is known before the first byte.
+The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little-endian; the header,
+a JSON object ``{name: {"dtype", "shape", "data_offsets"}}``; then the tensors' bytes. Writing needs no tensor in
+memory but the one being written, because every name, dtype and shape is known before the first byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -57,7 +57,8 @@ class TensorInfo:
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a CPU tensor's bytes without copying them, unless it is not contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    data: Any = flat.view(torch.uint8).numpy()  # numpy's arrays are buffers, which their annotation does not say
+    return memoryview(data)
 
 
 def sha256_of(path: Path) -> str:
@@ -76,7 +77,7 @@ class SafetensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         size, header, self._start = _read_header(path)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        header.pop("__metadata__", None)
         self.infos: dict[str, TensorInfo] = {}
         self._spans: dict[str, tuple[int, int]] = {}
         for name, entry in header.items():

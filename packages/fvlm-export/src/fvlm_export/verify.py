@@ -1,8 +1,8 @@
 """Proof that what was written is what was meant, before it is announced.
 
-The files are opened anew. Every tensor must be there with its dtype and shape; one that no adapter touches must equal the
-base's byte for byte (or its cast, where a dtype was asked for); one that an adapter touches must be finite, and on a sample
-it must equal the merge recomputed in fp64, to within the one rounding that the output dtype costs.
+The files are opened anew. Every tensor must be there with its dtype and shape; one that no adapter touches must equal
+the base's byte for byte (or its cast, where a dtype was asked for); one that an adapter touches must be finite, and on
+a sample it must equal the merge recomputed in fp64, to within the one rounding that the output dtype costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The folder that a result is built in, and the one moment at which it becomes the output.
 
-Everything is written into a hidden folder beside the output and renamed into place when it is whole. Until then the output
-is what it was before; a run that fails removes what it wrote, and one that is killed leaves only the hidden folder.
+Everything is written into a hidden folder beside the output and renamed into place when it is whole. Until then the
+output is what it was before; a run that fails removes what it wrote, and one that is killed leaves only the hidden
+folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A Hub on 127.0.0.1 that speaks the part of the real one's HTTP protocol that pushing and downloading need.
 
 It runs in a thread of the test, holds everything in memory, and stops with the test. Repositories have branches of
-``{path: bytes}``; large files go through the LFS batch endpoint and become visible only with the commit that names them.
-Faults are queued with :meth:`Hub.fail`: a status code, or ``"cut"``, which closes the connection in the middle of a body.
+``{path: bytes}``; large files go through the LFS batch endpoint and become visible only with the commit that names
+them. Faults are queued with :meth:`Hub.fail`: a status code, or ``"cut"``, which closes the connection in the middle
+of a body.
 """
 
 from __future__ import annotations

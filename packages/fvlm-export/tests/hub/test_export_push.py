@@ -1,4 +1,4 @@
-"""Pushing through the real huggingface_hub client to a Hub on this machine: bytes, retries, errors, nothing half done."""
+"""Pushing with the real huggingface_hub client to a Hub on this machine: bytes, retries, errors, nothing half done."""
 
 from __future__ import annotations
 

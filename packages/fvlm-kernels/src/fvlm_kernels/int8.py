@@ -102,6 +102,12 @@ _op_into = register(
 )
 
 
+def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, *, triton: bool) -> torch.Tensor:
+    """Dequantize the tensors of an :class:`Int8Weight`, checked when it was made; nothing is checked here."""
+    made: torch.Tensor = (_op if triton else _ref)(codes, scale, dtype)
+    return made
+
+
 def dequantize_int8(
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -129,7 +135,7 @@ def dequantize_int8(
     Example:
         >>> w = dequantize_int8(layer.state.CB, layer.state.SCB, torch.bfloat16)
     """
-    Int8Weight(codes, scale, dtype)
+    Int8Weight(codes, scale, dtype)  # checks its parts
     if out is not None:
         check_shape("dequantize_int8", "out", out, codes.shape)
         check_same_device("dequantize_int8", out=out, codes=codes)
@@ -138,10 +144,9 @@ def dequantize_int8(
         if not out.is_contiguous():
             raise ValueError(f"dequantize_int8: out has strides {out.stride()}; it must be contiguous")
     if not use_triton(impl, codes.new_empty(0, dtype=dtype) if out is None else out):
-        result = _ref(codes, scale, dtype)
+        result = dequantize_rows(codes, scale, dtype, triton=False)
         return result if out is None else out.copy_(result)
     if out is not None:
         _op_into(codes, scale, out)
         return out
-    made: torch.Tensor = _op(codes, scale, dtype)
-    return made
+    return dequantize_rows(codes, scale, dtype, triton=True)

@@ -29,31 +29,41 @@ import torch
 from ._launch import Impl, cdiv, check_same_device, check_shape, launch, use_triton
 from ._library import register
 from ._triton import tl, triton
-from .nf4_format import NESTED_BLOCKSIZE, NF4Weight, as_bytes, nf4_table
+from .nf4_format import NESTED_BLOCKSIZE, NF4Weight, Parts, as_bytes, nf4_table
 
 ELEMENTS_PER_PROGRAM = 4096
 
 
-def decode_absmax(weight: NF4Weight) -> torch.Tensor:
-    """Return a weight's absmaxes as ``(blocks,)`` fp32 (a new tensor only where they are nested)."""
-    if weight.nested_absmax is None or weight.code is None or weight.offset is None:
-        return weight.absmax
-    scale = weight.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: weight.absmax.numel()]
-    return weight.code.index_select(0, weight.absmax.int()) * scale + weight.offset
+def _decode_absmax(
+    absmax: torch.Tensor, nested_absmax: torch.Tensor | None, code: torch.Tensor | None, offset: torch.Tensor | None
+) -> torch.Tensor:
+    if nested_absmax is None or code is None or offset is None:
+        return absmax
+    scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+    return code.index_select(0, absmax.int()) * scale + offset
 
 
-def _ref(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
+def _ref(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    code: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """The module's maths in plain PyTorch."""
-    numel = prod(weight.shape)
-    table = nf4_table(weight.packed.device)
+    numel = prod(shape)
+    table = nf4_table(packed.device)
     pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # both values of every byte
-    values = pairs.index_select(0, as_bytes(weight.packed)[: (numel + 1) // 2].int()).view(-1)
-    absmax = decode_absmax(weight)
-    if numel % weight.blocksize == 0:
-        scaled = values.view(-1, weight.blocksize) * absmax.unsqueeze(1)
+    values = pairs.index_select(0, as_bytes(packed)[: (numel + 1) // 2].int()).view(-1)
+    scale = _decode_absmax(absmax, nested_absmax, code, offset)
+    if numel % blocksize == 0:
+        scaled = values.view(-1, blocksize) * scale.unsqueeze(1)
     else:
-        scaled = values[:numel] * absmax.repeat_interleave(weight.blocksize)[:numel]
-    return scaled.view(weight.shape).to(dtype)
+        scaled = values[:numel] * scale.repeat_interleave(blocksize)[:numel]
+    return scaled.view(shape).to(dtype)
 
 
 @triton.jit
@@ -171,6 +181,14 @@ _op_into = register(
 )
 
 
+def dequantize_parts(
+    parts: Parts, blocksize: int, shape: Sequence[int], dtype: torch.dtype, *, triton: bool
+) -> torch.Tensor:
+    """Dequantize :attr:`.NF4Weight.parts` that were checked when they were put together; nothing is checked here."""
+    made: torch.Tensor = (_op if triton else _ref)(*parts, blocksize, shape, dtype)
+    return made
+
+
 def _check_out(out: torch.Tensor, weight: NF4Weight, dtype: torch.dtype) -> None:
     check_shape("dequantize_nf4", "out", out, weight.shape)
     check_same_device("dequantize_nf4", out=out, packed=weight.packed)
@@ -190,14 +208,12 @@ def dequantize_weight(
     if out is not None:
         _check_out(out, weight, dtype)
     if not use_triton(impl, weight.packed.new_empty(0, dtype=dtype) if out is None else out):
-        result = _ref(weight, dtype)
+        result = dequantize_parts(weight.parts, weight.blocksize, weight.shape, dtype, triton=False)
         return result if out is None else out.copy_(result)
-    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.code, weight.offset, weight.blocksize)
     if out is not None:
-        _op_into(*parts, out)
+        _op_into(*weight.parts, weight.blocksize, out)
         return out
-    made: torch.Tensor = _op(*parts, weight.shape, dtype)
-    return made
+    return dequantize_parts(weight.parts, weight.blocksize, weight.shape, dtype, triton=True)
 
 
 def dequantize_nf4(

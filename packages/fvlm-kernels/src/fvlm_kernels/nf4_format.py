@@ -52,6 +52,10 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """The block sizes that bitsandbytes writes."""
 
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""The five tensors of a quantized weight: packed, absmax, nested_absmax, code, offset."""
+
+
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
     """A weight in NF4, as plain tensors; they may come straight from a bitsandbytes ``QuantState``.
@@ -87,6 +91,11 @@ class NF4Weight:
     def nested(self) -> bool:
         """Whether the absmaxes are quantized too."""
         return self.nested_absmax is not None
+
+    @property
+    def parts(self) -> Parts:
+        """The five tensors, in the order of the operators' arguments."""
+        return self.packed, self.absmax, self.nested_absmax, self.code, self.offset
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """Return the same weight on ``device``."""

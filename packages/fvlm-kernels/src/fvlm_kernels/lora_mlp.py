@@ -1,0 +1,196 @@
+"""A whole MLP of adapted layers as one autograd function: gate, up and down, or fc1 and fc2.
+
+Maths, each layer being adapted as in :mod:`.lora` and f one of ``silu``, ``gelu``, ``gelu_tanh``, ``quick_gelu``::
+
+    gated:  h = f(gate(x)) · up(x),   y = down(h)          plain:  h = f(fc1(x)),   y = fc2(h)
+
+Gradients: those of :mod:`.lora` for the last layer, then dg = dh · u · f'(g) and du = dh · f(g), or dg = dh · f'(g),
+then those of :mod:`.lora` for the layers of x.
+
+What is saved: x, the pre-activations g and u, and the products with A; h is computed again in backward, which costs one
+element-wise pass instead of the largest activation of the block. Numerics: those of :mod:`.lora`, :mod:`.gated` and
+:mod:`.activations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+
+from . import lora_steps as steps
+from ._launch import Impl
+from .activations import _bwd_op as _activation_bwd
+from .activations import _fwd_op as _activation_fwd
+from .activations import _ref as _activation_ref
+from .gated import _bwd_op as _gated_bwd
+from .gated import _fwd_op as _gated_fwd
+from .lora import check_input, flat, group, needs_of, runs_triton, without_autocast
+from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, dtypes_for
+from .lora_steps import Saved
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
+_KERNEL_NAMES = {"gelu": "gelu_erf"}
+
+
+def _function(x: torch.Tensor, act: str) -> torch.Tensor:
+    """Return f(x) in plain PyTorch."""
+    return torch.nn.functional.silu(x) if act == "silu" else _activation_ref(x, act)
+
+
+def _activate(inner: Sequence[torch.Tensor], act: str, triton: bool) -> torch.Tensor:
+    """Return h of the pre-activations (g,) or (g, u)."""
+    gate, *up = inner
+    if not triton:
+        return _function(gate, act) * up[0] if up else _function(gate, act)
+    made: torch.Tensor = _gated_fwd(gate, up[0], act) if up else _activation_fwd(gate, act)
+    return made
+
+
+def _slope_times(dy: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
+    """Return dy · f'(x) in plain PyTorch."""
+    if act == "silu":
+        return torch.ops.aten.silu_backward.default(dy, x)  # type: ignore[no-any-return]
+    if act == "quick_gelu":
+        share = torch.sigmoid(1.702 * x)
+        return dy * (share + 1.702 * x * share * (1 - share))
+    approximate = "tanh" if act == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward.default(dy, x, approximate=approximate)  # type: ignore[no-any-return]
+
+
+def _activate_backward(
+    dh: torch.Tensor, inner: Sequence[torch.Tensor], act: str, triton: bool
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of the pre-activations."""
+    if len(inner) == 1:
+        return ((_activation_bwd if triton else _slope_times)(dh, inner[0], act),)
+    gate, up = inner
+    if triton:
+        both: tuple[torch.Tensor, ...] = _gated_bwd(dh, gate, up, act, True, True)
+        return both
+    return _slope_times(dh * up, gate, act), dh * _function(gate, act)
+
+
+class _MLP(torch.autograd.Function):
+    """Arguments: x as rows, what is no tensor, then the flat tensors of the layers of x and of the last layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        settings: tuple[Settings, ...],
+        act: str,
+        dtypes: Dtypes,
+        dropout: bool,
+        triton: bool,
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        *first, last = group(settings, tensors)
+        inner, products, masks = steps.forward(x, first, dtypes, dropout, triton)
+        h = _activate(inner, act, triton)
+        (y,), last_products, last_masks = steps.forward(h, [last], dtypes, dropout, triton)
+        *needs, last_need = needs_of(ctx.needs_input_grad[6:])
+        kept = (
+            x if any(n.a for n in needs) else None,
+            products if any(n.b for n in needs) else None,
+            last_products if last_need.b else None,
+        )
+        upstream = ctx.needs_input_grad[0] or any(any(n) for n in needs)
+        pre = inner if upstream or last_need.a else [None] * len(inner)
+        ctx.save_for_backward(*kept, *pre, *masks, *last_masks, *tensors)
+        ctx.rest = settings, act, dtypes, triton, x.dtype, upstream
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        settings, act, dtypes, triton, dtype, upstream = ctx.rest
+        x, products, last_products, *others = ctx.saved_tensors
+        n = len(settings) - 1
+        inner, masks, last_masks, tensors = (
+            others[:n],
+            others[n : 2 * n],
+            others[2 * n : 2 * n + 1],
+            others[2 * n + 1 :],
+        )
+        *first, last = group(settings, tensors)
+        *needs, last_need = needs_of(ctx.needs_input_grad[6:])
+        with without_autocast(dy):
+            h = _activate(inner, act, triton) if last_need.a else None
+            saved = Saved(h, last_products, last_masks)
+            dh, last_made = steps.backward([dy], saved, [last], dtypes, [last_need], upstream, triton)
+            if dh is None:
+                return *[None] * (6 + n * TENSORS), *flat(last_made)
+            grads = _activate_backward(dh.to(dtypes.out), inner, act, triton)
+            saved = Saved(x, products, masks)
+            dx, made = steps.backward(grads, saved, first, dtypes, needs, ctx.needs_input_grad[0], triton)
+        return None if dx is None else dx.to(dtype), *[None] * 5, *flat(made), *flat(last_made)
+
+
+def _check(x: torch.Tensor, first: Sequence[LoRALinear], down: LoRALinear, activation: str) -> None:
+    if activation not in get_args(Activation):
+        raise ValueError(f"lora_mlp: activation is {activation!r}; it must be one of {', '.join(get_args(Activation))}")
+    if len(first) == 2 and activation == "quick_gelu":
+        raise ValueError("lora_mlp: quick_gelu has no gated form; give no up, or silu, gelu or gelu_tanh")
+    check_input("lora_mlp", x, first)
+    widths = [layer.base.shape[0] for layer in first]
+    if len(set(widths)) > 1:
+        raise ValueError(f"lora_mlp: gate has {widths[0]} output features but up {widths[1]}; they must have the same")
+    if down.base.shape[1] != widths[0]:
+        raise ValueError(
+            f"lora_mlp: down has {down.base.shape[1]} input features but the layer before it {widths[0]} outputs; they "
+            "must be the same"
+        )
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    gate: LoRALinear,
+    up: LoRALinear | None,
+    down: LoRALinear,
+    activation: Activation = "silu",
+    *,
+    training: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """Apply an MLP of adapted layers; see the module for maths and what is saved.
+
+    Args:
+        x: ``(..., in_features)``, floating; any strides.
+        gate: the layer whose output is activated; fc1 where there is no ``up``.
+        up: the layer that is multiplied with the activation, or ``None``.
+        down: the last layer (fc2).
+        activation: ``"silu"`` (SwiGLU), ``"gelu"`` (with erf), ``"gelu_tanh"``, or ``"quick_gelu"`` (without ``up``).
+        training: whether the layers' dropout acts.
+        compute_dtype, lora_dtype: as in :func:`.lora_qkv`.
+        impl: how weights are dequantized and activations computed: ``"triton"``, ``"torch"``, or ``None`` for Triton on
+            a GPU and PyTorch elsewhere. The products are PyTorch's either way.
+
+    Returns:
+        ``(..., out_features of down)``, with the dtype rule of :func:`.lora_qkv`. Gradients go to ``x``, every A, B
+        and bias, and only to those that ask for one.
+
+    Raises:
+        ValueError: shapes or devices do not fit, the activation does not exist, or Triton cannot run here.
+        TypeError: ``x`` is not floating, or Triton was asked for in float64.
+
+    Example:
+        >>> y = lora_mlp(hidden, gate, up, down)                                  # Llama, Qwen
+        >>> y = lora_mlp(patches, fc1, None, fc2, activation="quick_gelu")        # the vision tower of Qwen2-VL
+    """
+    first = [gate] if up is None else [gate, up]
+    _check(x, first, down, activation)
+    layers = [*first, down]
+    leader = next((layer for layer in layers if layer.a is not None), gate)
+    dtypes = dtypes_for(x, leader, compute_dtype, lora_dtype)
+    triton = runs_triton(impl, x, dtypes)
+    dropout = training and any(layer.dropout > 0 and layer.a is not None for layer in layers)
+    settings = tuple(layer.settings for layer in layers)
+    tensors = [t for layer in layers for t in layer.slots]
+    act = _KERNEL_NAMES.get(activation, activation)
+    with without_autocast(x):
+        rows = x.reshape(-1, x.shape[-1])
+        y: torch.Tensor = _MLP.apply(rows, settings, act, dtypes, dropout, triton, *tensors)
+    return y.view(*x.shape[:-1], y.shape[-1])

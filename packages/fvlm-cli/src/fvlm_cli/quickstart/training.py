@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RANK = 32
 BATCH = 16
+WORKERS = 4
 LEARNING_RATE = 2e-3
 
 
@@ -66,6 +67,7 @@ def train(
     from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
     losses: list[float] = []
+    on_gpu = model.device.type == "cuda"
 
     class Listen(TrainerCallback):
         def on_log(self, *unused: Any, logs: dict[str, float] | None = None, **rest: Any) -> None:
@@ -89,7 +91,8 @@ def train(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=model.device.type == "cuda",
+            dataloader_pin_memory=on_gpu,
+            dataloader_num_workers=WORKERS if on_gpu else 0,  # on the CPU they would take cores from the training
             seed=seed,
         )
         FastVisionModel.for_training(model)

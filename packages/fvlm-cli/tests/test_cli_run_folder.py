@@ -1,0 +1,107 @@
+"""A run's folder: what may be written over, what appears only whole, and which checkpoint is resumed."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fvlm_cli.config.schema import DataSection, LoraSection, ModelSection, SaveSection, TrainConfig
+from fvlm_cli.training.resume import last_complete
+from fvlm_cli.training.run_folder import RunFolder, whole
+from fvlm_core.errors import ConfigError
+
+
+def config(folder: Path, r: int = 4, overwrite: bool = False) -> TrainConfig:
+    return TrainConfig(
+        model=ModelSection(name="base", token="hf_secret"),
+        lora=LoraSection(r=r),
+        data=DataSection(train="train.jsonl"),
+        save=SaveSection(output_dir=str(folder), overwrite=overwrite),
+    )
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not empty"):
+        RunFolder(tmp_path).prepare(config(tmp_path), resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwriting_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.prepare(config(tmp_path), resume=False)
+    folder.write_record({"status": "finished"})
+    folder.adapter.mkdir()
+    (folder.adapter / "adapter_model.safetensors").touch()
+    (tmp_path / "thesis.txt").touch()
+    folder.prepare(config(tmp_path, overwrite=True), resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "thesis.txt"}
+    assert "hf_secret" not in folder.config.read_text(encoding="utf-8")
+
+
+def test_a_run_is_resumed_with_the_same_adapters_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match="no run to resume"):
+        folder.prepare(config(tmp_path), resume=True)
+    folder.prepare(config(tmp_path), resume=False)
+    folder.prepare(config(tmp_path), resume=True)
+    with pytest.raises(ConfigError, match=r"lora\.r=4 and the config says 8"):
+        folder.prepare(config(tmp_path, r=8), resume=True)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(tmp_path / "run").prepare(config(tmp_path / "run", overwrite=True), resume=False)
+
+
+def break_off(target: Path) -> None:
+    with whole(target) as partial:
+        (partial / "weights").write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+
+
+def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    with whole(target) as partial:
+        (partial / "weights").write_text("old", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        break_off(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert (target / "weights").read_text(encoding="utf-8") == "old"
+    with whole(target) as partial:
+        (partial / "other").touch()
+    assert [path.name for path in target.iterdir()] == ["other"]
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"a": np.zeros(8)}, path / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        with zipfile.ZipFile(path / name, "w") as file:
+            file.writestr("data", "x")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, name: str) -> None:
+    complete, torn = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    assert last_complete(tmp_path) == (torn, [])
+    content = (torn / name).read_bytes()
+    (torn / name).write_bytes(content[:-10])
+    assert last_complete(tmp_path) == (complete, [torn])
+    (torn / name).unlink()
+    assert last_complete(tmp_path) == (complete, [torn])
+
+
+def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
+    assert last_complete(tmp_path / "nowhere") == (None, [])
+    (tmp_path / "checkpoint-x").mkdir()
+    assert last_complete(tmp_path) == (None, [])

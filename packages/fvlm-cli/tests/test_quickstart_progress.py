@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 
@@ -20,12 +21,22 @@ def test_lines_at_every_quarter():
 
 def test_a_bar_with_the_time_left():
     text = io.StringIO()
-    with ProgressWatcher(Console(file=text, force_terminal=True, width=160)) as watcher:
+    seconds = iter(range(0, 1000, 10)).__next__  # every look at the clock is ten seconds after the last
+    with ProgressWatcher(
+        Console(file=text, force_terminal=True, width=80, get_time=lambda: float(seconds()))
+    ) as watcher:
         watcher.begin("Train", 4)
-        watcher.advance(3, note="loss 0.125")
+        watcher.advance(2)
+        watcher.advance(1, note="loss 0.125")
+        watcher.refresh()
+        during = _last_lines(text)
         watcher.begin("Save", 1)
-    last = text.getvalue().split("Train")[-1]
-    assert "4/4" in last  # a task that the next one follows is done
-    assert "loss 0.125" in last
-    assert "left" in last
-    assert "1/1" in last
+    after = _last_lines(text)
+    assert re.search(r"Train .* 3/4 \d\d:\d\d left loss 0.125", during)
+    assert re.search(r"Train .* 4/4 \d\d:\d\d +loss 0.125", after)  # a task that the next one follows is done
+    assert re.search(r"Save .* 1/1", after)
+
+
+def _last_lines(text: io.StringIO) -> str:
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
+    return plain[plain.rindex("Train") :]

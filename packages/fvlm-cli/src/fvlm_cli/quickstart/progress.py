@@ -12,24 +12,21 @@ if TYPE_CHECKING:
 
 
 class ProgressWatcher:
-    """Draws one bar a task, with the time left of the current one; a context manager.
+    """Draws one bar a task, with the time left of the current one and the time taken by the others; a context manager.
 
     Args:
         console: where to draw.
     """
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn as TimeLeftColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._progress = Progress(
+        self._progress = Progress(  # fits 80 columns
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeLeftColumn(),
-            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[state]} {task.fields[note]}"),
             console=console,
         )
         self._task: TaskID | None = None
@@ -47,17 +44,21 @@ class ProgressWatcher:
 
     def _finish(self) -> None:
         if self._task is not None:
-            self._progress.update(self._task, completed=self._progress.tasks[self._task].total)
+            self._progress.update(self._task, completed=self._progress.tasks[self._task].total, state="")
 
     def begin(self, task: str, total: int) -> None:
         """Finish the task before and start one of ``total`` units."""
         self._finish()
-        self._task = self._progress.add_task(task, total=total, note="")
+        self._task = self._progress.add_task(task, total=total, note="", state="left")
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Advance the current task."""
         if self._task is not None:
             self._progress.update(self._task, advance=units, note=note)
+
+    def refresh(self) -> None:
+        """Draw now what is otherwise drawn within a tenth of a second."""
+        self._progress.refresh()
 
 
 class LineWatcher:

@@ -126,12 +126,12 @@ def run(settings: Settings, watcher: Watcher, *, checkpoint: Path | None = None)
     """
     begun = time.perf_counter()
     base = shipped_checkpoint() if checkpoint is None else checkpoint
-    watcher.begin("Load the tiny VLM in 4 bit", 1)
+    watcher.begin("Load in 4 bit", 1)
     model, processor = _load(base)
     folder = fresh_folder(settings.output)  # after all that can be wrong, so that nothing is left behind
     test = writings(settings.test_images, settings.seed, test=True)
     lessons = writings(settings.steps * BATCH, settings.seed, test=False)
-    before = _read(model, processor, test, "Read handwriting before training", watcher)
+    before = _read(model, processor, test, "Read before training", watcher)
     model = add_adapter(model, settings.seed)
     watcher.begin("Train", settings.steps)
     training = train(
@@ -142,7 +142,7 @@ def run(settings: Settings, watcher: Watcher, *, checkpoint: Path | None = None)
         seed=settings.seed,
         on_step=lambda loss: watcher.advance(note=f"loss {loss:.3f}"),
     )
-    after = _read(model, processor, test, "Read it again after training", watcher)
+    after = _read(model, processor, test, "Read after training", watcher)
     merged = _save_and_reload(model, processor, folder, test, watcher)
     readings = Readings(tuple(writing.text for writing in test), tuple(before), tuple(after), tuple(merged))
     return _write_down(settings, folder, model, test, training, readings, begun, watcher)
@@ -160,7 +160,7 @@ def _read(model: Any, processor: Any, test: list[Writing], task: str, watcher: W
 
 
 def _save_and_reload(model: Any, processor: Any, folder: Path, test: list[Writing], watcher: Watcher) -> list[str]:
-    watcher.begin("Save the adapter and the merged model", 2)
+    watcher.begin("Save and merge", 2)
     model.save_pretrained(folder / "adapter")
     processor.save_pretrained(folder / "adapter")
     watcher.advance()
@@ -170,7 +170,7 @@ def _save_and_reload(model: Any, processor: Any, folder: Path, test: list[Writin
     model.save_pretrained_merged(
         folder / "merged", processor, save_method="merged_16bit", base=MERGE_BASE, dtype="bfloat16", progress=False
     )
-    watcher.begin("Read with the merged model in plain transformers", len(test))
+    watcher.begin("Read merged", len(test))
     images = [writing.image for writing in test]
     return read_with_transformers(
         folder / "merged", images, device=model.device, dtype=model.dtype, progress=watcher.advance
@@ -191,7 +191,7 @@ def _write_down(
 
     from fvlm_cli.report import write_quickstart_report
 
-    watcher.begin("Write the report", 1)
+    watcher.begin("Write report", 1)
     trainable = model.num_parameters(only_trainable=True)
     on_gpu = model.device.type == "cuda"
     summary = Summary(

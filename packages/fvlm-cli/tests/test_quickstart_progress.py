@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 
 from rich.console import Console
@@ -21,10 +22,9 @@ def test_lines_at_every_quarter():
 
 def test_a_bar_with_the_time_left():
     text = io.StringIO()
-    seconds = iter(range(0, 1000, 10)).__next__  # every look at the clock is ten seconds after the last
-    with ProgressWatcher(
-        Console(file=text, force_terminal=True, width=80, get_time=lambda: float(seconds()))
-    ) as watcher:
+    clock = itertools.count(0.0, 10.0)  # every look at it is ten seconds after the last
+    console = Console(file=text, force_terminal=True, width=80, get_time=lambda: next(clock))
+    with ProgressWatcher(console) as watcher:
         watcher.begin("Train", 4)
         watcher.advance(2)
         watcher.advance(1, note="loss 0.125")

@@ -38,9 +38,9 @@ def _ref(
     lengths = cu_seqlens.diff().tolist()
     outs = []
     for segment in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        heads_first = (t.transpose(0, 1).unsqueeze(0) for t in segment)
+        queries, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in segment)
         out = scaled_dot_product_attention(
-            *heads_first, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            queries, keys, values, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs) if outs else torch.zeros_like(q)

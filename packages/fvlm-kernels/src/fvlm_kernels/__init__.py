@@ -14,6 +14,7 @@ from .lora_mlp import lora_mlp
 from .multimodal_rotary import multimodal_rotary
 from .nf4 import dequantize_nf4
 from .nf4_format import NF4Weight
+from .nf4_matvec import nf4_matvec
 from .nf4_quantize import quantize_nf4
 from .patch_embed import patch_embed
 from .rms_norm import rms_norm
@@ -34,6 +35,7 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "multimodal_rotary",
+    "nf4_matvec",
     "patch_embed",
     "quantize_nf4",
     "quick_gelu",

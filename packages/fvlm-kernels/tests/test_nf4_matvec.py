@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from fvlm_kernels import nf4_matvec, quantize_nf4
+from fvlm_kernels.nf4_matvec import _shape_of_launch, matvec_weight
+from fvlm_kernels.testing import assert_deterministic, check_against_reference, randn, strided
+
+SHAPES = [(16, 64), (5, 72), (1, 8), (40, 320), (9, 2056)]  # the last is split over programs
+
+
+def weight_of(shape, device, nested=True, blocksize=64):
+    w = randn(*shape, dtype=torch.float32, device=device, seed=3, scale=shape[1] ** -0.5)
+    return quantize_nf4(w, blocksize, nested=nested, impl="torch")
+
+
+def check(weight, x):
+    check_against_reference(
+        lambda x: matvec_weight(x, weight, impl="triton"), lambda x: matvec_weight(x, weight, impl="torch"), {"x": x}
+    )
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_policy(shape, nested, dtype, device):
+    check(weight_of(shape, device, nested), randn(1, shape[1], dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_several_rows(rows, dtype, device):
+    weight = weight_of((9, 72), device)
+    x = randn(rows, 72, dtype=dtype, device=device)
+    check(weight, x)
+    whole = matvec_weight(x, weight, impl="triton")
+    assert torch.equal(whole[1], matvec_weight(x[1], weight, impl="triton"))  # a row does not depend on its batch
+
+
+def test_split_rows_are_tested():
+    assert _shape_of_launch(9, 2056 // 8)[2:] == (3, 1)
+    assert _shape_of_launch(40, 40)[2:] == (1, 1)
+    assert _shape_of_launch(151936, 192)[2:] == (1, 2)  # the head of Qwen2-VL-2B loops over its width
+
+
+def test_a_program_that_loops(device, monkeypatch):
+    monkeypatch.setattr(sys.modules[_shape_of_launch.__module__], "PROGRAMS", 1)
+    assert _shape_of_launch(9, 2056 // 8)[2:] == (1, 3)
+    check(weight_of((9, 2056), device), randn(2, 2056, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("blocksize", [32, 256])
+def test_other_block_sizes_and_blocks_that_straddle_rows(blocksize, device):
+    check(weight_of((7, 72), device, blocksize=blocksize), randn(1, 72, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("shape", [(6, 33), (6, 36)], ids=str)
+def test_widths_that_are_no_multiple_of_eight(shape, device):
+    check(weight_of(shape, device), randn(2, shape[1], dtype=torch.float32, device=device))
+
+
+def test_layouts_and_leading_dimensions(device):
+    weight = weight_of((9, 64), device)
+    for x in (randn(64, dtype=torch.float32, device=device), randn(2, 1, 64, dtype=torch.float32, device=device)):
+        check(weight, x)
+    check(weight, strided(randn(3, 64, dtype=torch.float32, device=device)))
+    assert matvec_weight(torch.zeros(0, 64, device=device), weight, impl="triton").shape == (0, 9)
+
+
+def test_equals_the_parts_given_apart(device):
+    w = weight_of((9, 64), device)
+    x = randn(1, 64, dtype=torch.float32, device=device)
+    parts = {"nested_absmax": w.nested_absmax, "code": w.code, "offset": w.offset}
+    for impl in ("torch", "triton"):
+        apart = nf4_matvec(x, w.packed, w.absmax, w.shape, **parts, impl=impl)
+        assert torch.equal(apart, matvec_weight(x, w, impl=impl))
+
+
+def test_two_runs_give_the_same_bits(device):
+    weight = weight_of((9, 2056), device)
+    x = randn(2, 2056, dtype=torch.float16, device=device)
+    assert_deterministic(lambda x: matvec_weight(x, weight, impl="triton"), {"x": x})
+
+
+def test_operator_passes_opcheck(device):
+    for shape in ((9, 64), (6, 33)):
+        weight = weight_of(shape, device)
+        x = randn(2, shape[1], dtype=torch.float32, device=device)
+        torch.library.opcheck(torch.ops.fvlm.nf4_matvec.default, (x, *weight.parts, weight.blocksize, shape[0]))
+
+
+def test_compiles_as_one_graph(device):
+    weight = weight_of((9, 64), device)
+    x = randn(2, 64, dtype=torch.float32, device=device)
+
+    def layer(x):
+        return matvec_weight(x * 2, weight, impl="triton") + 1
+
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (torch.ones(9, 64), ValueError, "x has 9 rows; it takes up to 8"),
+        (torch.ones(2, 65), ValueError, r"x has shape \(2, 65\) and the weight \(9, 64\)"),
+        (torch.ones(2, 64, dtype=torch.long), TypeError, "x has dtype torch.int64"),
+        (torch.ones(2, 64, device="meta"), ValueError, "packed is on cpu but x on meta"),
+        (torch.ones(2, 64, requires_grad=True), ValueError, "x requires a gradient"),
+    ],
+)
+def test_bad_input_gets_one_sentence(x, error, words):
+    with pytest.raises(error, match=words) as caught:
+        matvec_weight(x, weight_of((9, 64), "cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gradient_is_no_matter_where_none_is_recorded(device):
+    x = torch.ones(1, 64, device=device, requires_grad=True)
+    with torch.no_grad():
+        assert not matvec_weight(x, weight_of((9, 64), device)).requires_grad

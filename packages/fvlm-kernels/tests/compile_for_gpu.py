@@ -1,0 +1,103 @@
+"""Compile the kernels for a GPU that need not be there, at real widths; print one JSON line for each variant.
+
+Triton's compiler and ptxas run on the CPU. Only Triton's notion of the current device is replaced, and launching by
+compiling, in this process alone: ``test_compiles_for_gpu.py`` starts it. The interpreter accepts programs that the
+compiler does not, and says nothing of registers, so that this is where a machine without a GPU sees both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+
+
+class OneDevice:
+    """Answers what Triton asks of a driver before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def spills_of(ptx: str) -> tuple[int, int]:
+    """Assemble; return registers a thread and bytes spilled."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(ptxas), "-v", f"--gpu-name={arch}", "-o", "/dev/null", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def compile_only(self, grid):
+    def start(*args, **keywords):
+        kernel = self.run(*args, grid=grid, warmup=True, **keywords)
+        registers, spilled = spills_of(kernel.asm["ptx"])
+        print(json.dumps({"kernel": self.__name__, "registers": registers, "spilled": spilled, "meta": keywords}))
+
+    return start
+
+
+def launch_everything():
+    """Call each operator once for each variant that real models use."""
+    ops, dtype = torch.ops.fvlm, torch.bfloat16
+
+    def random(*shape):
+        return torch.randn(shape, dtype=dtype)
+
+    for width in (1280, 8192):
+        x, weight = random(300, width), random(width)
+        ops.rms_norm_fwd(x, weight, 1e-6, 0.0, True)
+        ops.add_rms_norm_fwd(x, x, weight, 1e-6, 1.0, False)
+        ops.rms_norm_bwd(x, None, x, weight, 1e-6, 0.0, True, False)
+        ops.rms_norm_bwd(x, x, x, weight, 1e-6, 1.0, False, True)
+    for width in (1152,):
+        x, weight = random(300, width), random(width)
+        ops.layer_norm_fwd(x, weight, weight, 1e-6, dtype)
+        ops.add_layer_norm_fwd(x, x, weight, None, 1e-6, dtype)
+        ops.layer_norm_bwd(x, None, x, weight, 1e-6, False, False)
+        ops.layer_norm_bwd(x, x, x, weight, 1e-6, True, True)
+    x = random(300, 4304)
+    for act in ("gelu_erf", "gelu_tanh", "quick_gelu"):
+        ops.activation_fwd(x, act)
+        ops.activation_bwd(x, x, act)
+    for act in ("silu", "gelu_tanh"):
+        ops.gated_fwd(x, x, act)
+        ops.gated_bwd(x, x, x, act, True, True)
+    for heads, key_heads, width in ((32, 8, 128), (8, 4, 256)):
+        q, k = random(2, 9, heads, width).transpose(1, 2), random(2, 9, key_heads, width).transpose(1, 2)
+        table = random(1, 2, 9, width)
+        for backward in (False, True):
+            ops.rotary(q, k, table, table, [], False, not backward, backward, dtype)
+    patches, angles = random(1, 9, 16, 80).transpose(1, 2), torch.randn(1, 1, 9, 80)
+    ops.rotary(patches, patches, angles, angles, [], False, False, False, dtype)
+    q, tables = random(2, 9, 12, 128).transpose(1, 2), random(3, 2, 9, 64)
+    for interleaved, sections in ((False, [16, 24, 24]), (True, [24, 20, 20])):
+        ops.rotary(q, q, tables, tables, sections, interleaved, True, False, dtype)
+
+
+if __name__ == "__main__":
+    driver.set_active(OneDevice())
+    JITFunction.__getitem__ = compile_only
+    import fvlm_kernels  # noqa: F401  (registers the operators)
+
+    launch_everything()

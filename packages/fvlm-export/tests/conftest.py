@@ -17,6 +17,9 @@ from fvlm_core.testing import FAMILIES, tiny_checkpoint
 MERGED = ["q_proj", "v_proj", "down_proj", "up_proj"]
 
 
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slower than one
+
+
 class Tools:
     """What the tests share; handed to them as a fixture because test files are imported apart."""
 
@@ -25,6 +28,8 @@ class Tools:
 
     def __init__(self, folders: Callable[[str, torch.dtype], Path]) -> None:
         self._folders = folders
+        self._processors: dict[Path, Any] = {}
+        self._inputs: dict[Path, dict[str, torch.Tensor]] = {}
 
     def checkpoint(self, family: str = "qwen2_vl", dtype: torch.dtype = torch.float32) -> Path:
         """A tiny checkpoint's folder, made once a session; do not write to it."""
@@ -34,7 +39,9 @@ class Tools:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **kwargs).eval()
 
     def processor(self, folder: Path) -> Any:
-        return AutoProcessor.from_pretrained(folder)
+        if folder not in self._processors:
+            self._processors[folder] = AutoProcessor.from_pretrained(folder)
+        return self._processors[folder]
 
     def adapted(self, model: Any, *, seed: int = 0, size: float = 0.1, **config: Any) -> Any:
         """Put LoRA on a model and move every trainable value, as training would."""
@@ -54,6 +61,11 @@ class Tools:
         return model
 
     def inputs(self, folder: Path) -> dict[str, torch.Tensor]:
+        if folder not in self._inputs:
+            self._inputs[folder] = self._make_inputs(folder)
+        return self._inputs[folder]
+
+    def _make_inputs(self, folder: Path) -> dict[str, torch.Tensor]:
         processor = self.processor(folder)
         image = Image.linear_gradient("L").resize((112, 84)).convert("RGB")
         content = [{"type": "image", "image": image}, {"type": "text", "text": "total amount due 4711"}]
@@ -89,3 +101,11 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
         return made[family, dtype]
 
     return Tools(folder)
+
+
+@pytest.fixture(scope="session")
+def adapter(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained adapter for the tiny Qwen2-VL."""
+    folder = tmp_path_factory.mktemp("adapter")
+    tools.adapted(tools.load(tools.checkpoint())).save_pretrained(folder)
+    return folder

@@ -1,15 +1,12 @@
-"""Torn inputs, full disks and kills: a clear error or a clean rerun, and never half a model."""
+"""Torn inputs, damaged output and full disks: a clear error, and never half a model."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
+import multiprocessing
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
-from fvlm_export import read_report, save_pretrained_merged
-from fvlm_export.safetensor_file import SafetensorFile, SafetensorWriter, sha256_of
+from fvlm_export import save_pretrained_merged
+from fvlm_export.safetensor_file import SafetensorFile
 from fvlm_export.write import write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def adapter(tools: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    tools.adapted(tools.load(tools.checkpoint())).save_pretrained(folder)
-    return folder
 
 
 def edit(folder: Path, to: Path, file: str, change: Any) -> Path:
@@ -187,25 +177,26 @@ def test_a_reload_that_answers_otherwise_is_not_published(
     assert empty(tmp_path)
 
 
-LIMITED = """
-import resource, signal, sys
-from fvlm_export import save_pretrained_merged
-from fvlm_core.errors import FvlmError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-try:
-    save_pretrained_merged(sys.argv[1], sys.argv[2], base=sys.argv[3], progress=False)
-except FvlmError as error:
-    print(type(error).__name__, error)
-"""
+def merge_with_limit(adapter: Path, out: Path, base: Path, say: Any) -> None:
+    """Merge in a process whose files may not grow beyond 300 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    try:
+        merge(adapter, out, base)
+    except ExportError as error:
+        say.send(str(error))
+    say.close()
 
 
 def test_disk_that_fills_up(tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tools.checkpoint()
-    command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(adapter), str(tmp_path / "out"), str(base)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.startswith("ExportError")
-    assert "cannot be written (File too large)" in done.stdout
+    context = multiprocessing.get_context("fork")
+    hear, say = context.Pipe(duplex=False)
+    process = context.Process(target=merge_with_limit, args=(adapter, tmp_path / "out", base, say))
+    process.start()
+    say.close()
+    assert "cannot be written (File too large)" in hear.recv()
+    process.join()
     assert empty(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -219,97 +210,6 @@ def test_folder_that_cannot_be_written(tools: Any, adapter: Path, tmp_path: Path
     blocked.touch()
     with pytest.raises((ExportError, ConfigError)):
         merge(adapter, blocked / "out", tools.checkpoint())
-
-
-def test_two_runs_do_not_write_the_same_output(tools: Any, adapter: Path, tmp_path: Path) -> None:
-    from fvlm_export.work_folder import WorkFolder
-
-    with WorkFolder(tmp_path / "out", overwrite=False) as work:
-        (work.path / "mine").touch()
-        with pytest.raises(ConfigError, match="another run"):
-            merge(adapter, tmp_path / "out", tools.checkpoint())
-        assert (work.path / "mine").exists(), "the second run must not clear the first one's folder"
-
-
-def test_a_finished_shard_is_taken_over_and_a_damaged_one_is_not(
-    tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, out, work = tools.checkpoint(), tmp_path / "out", tmp_path / ".out.unfinished"
-    whole = merge(adapter, tmp_path / "whole", base, max_shard_size="300KB")
-    names = sorted(path.name for path in whole.glob("*.safetensors"))
-    assert len(names) > 3
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        for count, pair in enumerate(write_shards(*args, **kwargs)):
-            yield pair
-            if count == 2:
-                shutil.copytree(work, tmp_path / "left")
-                raise Killed
-
-    monkeypatch.setattr("fvlm_export.build.write_shards", killed)
-    with pytest.raises(Killed):
-        merge(adapter, out, base, max_shard_size="300KB")
-    monkeypatch.undo()
-    (tmp_path / "left").rename(work)  # as SIGKILL leaves it
-    with (work / names[1]).open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"oops")
-    written: list[str] = []
-    real = SafetensorWriter.finish
-    monkeypatch.setattr(SafetensorWriter, "finish", lambda self: written.append(self.path.name) or real(self))
-    merge(adapter, out, base, max_shard_size="300KB")
-    assert written == [names[1], *names[3:]], "shards 1 and 3 were finished, 2 was damaged"
-    assert {n: sha256_of(out / n) for n in names} == {n: sha256_of(whole / n) for n in names}
-    assert not (out / ".journal.jsonl").exists()
-
-
-KILLED = """
-import sys, warnings warnings.simplefilter("ignore") import fvlm_export.write as w from fvlm_export import
-save_pretrained_merged import fvlm_export.from_folder print("ready", flush=True) sys.stdin.readline()
-save_pretrained_merged(sys.argv[1], sys.argv[2], base=sys.argv[3], progress=False, overwrite=True,
-max_shard_size="200KB") print("done", flush=True)
-"""
-
-
-def run_and_kill(arguments: list[str], after: float | None) -> float:
-    """Start a merge in its own process, kill it after some seconds, and return how long it ran."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    stdin, stdout = process.stdin, process.stdout
-    if stdin is None or stdout is None:
-        raise RuntimeError("no pipes")
-    assert stdout.readline().strip() == "ready"
-    begin = time.monotonic()
-    stdin.write("go\n")
-    stdin.flush()
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-    process.wait()
-    stdin.close()
-    stdout.close()
-    return time.monotonic() - begin
-
-
-def test_sigkill_at_random_points(tools: Any, adapter: Path, tmp_path: Path) -> None:
-    """Few points here; `FVLM_KILLS=50` for the full run."""
-    base, out = tools.checkpoint(), tmp_path / "out"
-    arguments = [str(adapter), str(out), str(base)]
-    took = run_and_kill(arguments, None)
-    good = {path.name: sha256_of(path) for path in out.iterdir()}
-    old = read_report(out).files
-    rng = random.Random(0)
-    for _ in range(int(os.environ.get("FVLM_KILLS", "4"))):
-        run_and_kill(arguments, rng.uniform(0.0, took))
-        assert {path.name: sha256_of(path) for path in out.iterdir()} == good, "the old folder, or the same anew"
-    assert run_and_kill(arguments, None) > 0
-    assert read_report(out).files == old
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "the rerun leaves nothing of the killed ones"
 
 
 def test_merged_value_that_overflows_is_an_error(tools: Any, tmp_path: Path) -> None:

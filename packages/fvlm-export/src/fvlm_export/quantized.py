@@ -77,7 +77,8 @@ def dequantize(weight: torch.Tensor, parts: Mapping[str, torch.Tensor], device: 
 
     scales = next((value for name, value in parts.items() if name.endswith(".SCB")), None)
     if scales is not None:
-        return functional.int8_vectorwise_dequant(weight.to(device), scales.to(device))
+        value: torch.Tensor = functional.int8_vectorwise_dequant(weight.to(device), scales.to(device))
+        return value
     named = {name[name.index(".weight.") + 1 :]: value.clone() for name, value in parts.items()}
     state = functional.QuantState.from_dict(named, device=device)
     return functional.dequantize_4bit(weight.to(device), state)
@@ -110,7 +111,8 @@ def dequantize_live(module: nn.Module) -> torch.Tensor:
         return functional.dequantize_4bit(weight.data, weight.quant_state)
     held: Any = module
     scales = weight.SCB if weight.SCB is not None else held.state.SCB  # the layer takes them over when it first runs
-    return functional.int8_vectorwise_dequant(weight.data, scales)
+    value: torch.Tensor = functional.int8_vectorwise_dequant(weight.data, scales)
+    return value
 
 
 def nf4_infos(weight: TensorInfo) -> list[TensorInfo]:

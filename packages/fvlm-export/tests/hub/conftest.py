@@ -39,7 +39,7 @@ class Fault:
     path: str
     what: int | str
     times: int
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str]
 
 
 class Hub:
@@ -146,11 +146,9 @@ class Handler(BaseHTTPRequestHandler):
     def branch(self, body: bytes, name: str, branch: str) -> None:
         if self.may_write(name):
             there = self.hub.repos[name].branches
-            if branch in there:
-                return self.answer(409, {"error": "exists"})
-            there[branch] = dict(there["main"])
-            self.answer(200)
-        return None
+            status = 409 if branch in there else 200
+            there.setdefault(branch, dict(there["main"]))
+            self.answer(status)
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         if self.may_write(name):
@@ -242,10 +240,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         files = self.files(name, revision)
-        if files is None:
-            return None
-        if path not in files:
-            return self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+        if files is None or path not in files:
+            return (
+                None
+                if files is None
+                else self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+            )
         content = files[path]
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
         return self.answer(200, content, headers)

@@ -1,0 +1,101 @@
+"""Killed runs: the old output or the new one, and a rerun that takes over what was finished."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fvlm_core.errors import ConfigError
+from fvlm_export import read_report, save_pretrained_merged
+from fvlm_export.safetensor_file import SafetensorWriter, sha256_of
+from fvlm_export.work_folder import WorkFolder
+from fvlm_export.write import write_shards
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def merge(adapter: Path, out: Path, base: Path, **kwargs: Any) -> Path:
+    return save_pretrained_merged(adapter, out, base=base, progress=False, **kwargs)
+
+
+def test_two_runs_do_not_write_the_same_output(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "out", overwrite=False) as work:
+        (work.path / "mine").touch()
+        with pytest.raises(ConfigError, match="another run"):
+            merge(adapter, tmp_path / "out", tools.checkpoint())
+        assert (work.path / "mine").exists(), "the second run must not clear the first one's folder"
+
+
+def test_a_finished_shard_is_taken_over_and_a_damaged_one_is_not(
+    tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out, work = tools.checkpoint(), tmp_path / "out", tmp_path / ".out.unfinished"
+    whole = merge(adapter, tmp_path / "whole", base, max_shard_size="300KB")
+    names = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert len(names) > 3
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        for count, pair in enumerate(write_shards(*args, **kwargs)):
+            yield pair
+            if count == 2:
+                shutil.copytree(work, tmp_path / "left")
+                raise Killed
+
+    monkeypatch.setattr("fvlm_export.build.write_shards", killed)
+    with pytest.raises(Killed):
+        merge(adapter, out, base, max_shard_size="300KB")
+    monkeypatch.undo()
+    (tmp_path / "left").rename(work)  # as SIGKILL leaves it
+    with (work / names[1]).open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"oops")
+    written: list[str] = []
+    real = SafetensorWriter.finish
+    monkeypatch.setattr(SafetensorWriter, "finish", lambda self: written.append(self.path.name) or real(self))
+    merge(adapter, out, base, max_shard_size="300KB")
+    assert written == [names[1], *names[3:]], "shards 1 and 3 were finished, 2 was damaged"
+    assert {n: sha256_of(out / n) for n in names} == {n: sha256_of(whole / n) for n in names}
+    assert not (out / ".journal.jsonl").exists()
+
+
+def run_and_kill(arguments: tuple[Path, Path, Path], after: float | None) -> float:
+    """Start a merge in a process of its own, kill it after some seconds, and return how long it ran."""
+    process = multiprocessing.get_context("fork").Process(target=merge_small_shards, args=arguments)
+    begin = time.monotonic()
+    process.start()
+    process.join(after)
+    process.kill()  # SIGKILL; nothing where it has ended
+    process.join()
+    if after is None:
+        assert process.exitcode == 0
+    return time.monotonic() - begin
+
+
+def merge_small_shards(adapter: Path, out: Path, base: Path) -> None:
+    merge(adapter, out, base, overwrite=True, max_shard_size="200KB")
+
+
+def test_sigkill_at_random_points(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    """Few points here; `FVLM_KILLS=50` for the full run."""
+    base, out = tools.checkpoint(), tmp_path / "out"
+    arguments = (adapter, out, base)
+    took = run_and_kill(arguments, None)
+    good = {path.name: sha256_of(path) for path in out.iterdir()}
+    old = read_report(out).files
+    rng = random.Random(0)
+    for _ in range(int(os.environ.get("FVLM_KILLS", "12"))):
+        run_and_kill(arguments, rng.uniform(0.0, took))
+        assert {path.name: sha256_of(path) for path in out.iterdir()} == good, "the old folder, or the same anew"
+    assert run_and_kill(arguments, None) > 0
+    assert read_report(out).files == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "the rerun leaves nothing of the killed ones"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels import activations, norms, rotations, vision_parts
+from benchmarks.kernels import activations, bench_lora, bench_nf4, norms, rotations, vision_parts
 from benchmarks.kernels.card import ROOT, ceilings, provenance
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import Clock, Timing, check, measure
@@ -31,6 +31,11 @@ OPS: dict[str, Callable[[bool], list[Case]]] = {
     "vision_rotary": rotations.vision_cases,
     "patch_embed": vision_parts.patch_cases,
     "varlen_attention": vision_parts.attention_cases,
+    "nf4": bench_nf4.dequantize_cases,
+    "nf4_matvec": bench_nf4.matvec_cases,
+    "int8": bench_nf4.int8_cases,
+    "lora_qkv": bench_lora.qkv_cases,
+    "lora_mlp": bench_lora.mlp_cases,
 }
 
 
@@ -74,7 +79,7 @@ def run_case(case: Case, clock: Clock, repeats: int, ceiling: dict[str, float]) 
         print(f"{case.op} {case.name}: REFUSED, {reason}", flush=True)
         return [{"op": case.op, "case": case.name, "refused": str(reason)}]
     rows = []
-    for mode in ("forward", "backward"):
+    for mode in ("forward", "backward") if case.wanted else ("forward",):
         for provider, timing in measure(case, clock, mode, repeats).items():
             rows.append(row_of(case, mode, provider, timing, ceiling))
             show(rows[-1])

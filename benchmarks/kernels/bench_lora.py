@@ -1,0 +1,127 @@
+"""Cases of ``lora_qkv`` and ``lora_mlp`` over NF4, against the operations of PEFT's layers around bitsandbytes'.
+
+The provider ``peft`` runs those operations one by one, without the modules around them: in reality it costs a little
+more Python. ``torch`` is the same with PyTorch's own dequantization. bf16 adapters of rank 16, scaling 1, no dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from benchmarks.kernels.bench_nf4 import bitsandbytes, nf4_inputs, quant_state
+from benchmarks.kernels.case import Case, Inputs, Provider, normal, present
+
+from fvlm_kernels import LoRALinear, NF4Weight, dequantize_nf4, lora_mlp, lora_qkv
+
+RANK = 16
+ROWS = (512, 8192)
+Shapes = Mapping[str, tuple[int, int]]
+QKV: dict[str, Shapes] = {
+    "Qwen2-VL-2B text": {"q": (1536, 1536), "k": (256, 1536), "v": (256, 1536)},
+    "Qwen2.5-VL-7B text": {"q": (3584, 3584), "k": (512, 3584), "v": (512, 3584)},
+}
+MLP: dict[str, Shapes] = {
+    "Qwen2-VL-2B text": {"gate": (8960, 1536), "up": (8960, 1536), "down": (1536, 8960)},
+    "Qwen2.5-VL-7B text": {"gate": (18944, 3584), "up": (18944, 3584), "down": (3584, 18944)},
+}
+PARTS = ("absmax", "nested_absmax", "code", "offset")
+Layer = Callable[[str, torch.Tensor, Inputs], torch.Tensor]
+
+
+def _make(device: torch.device, shapes: Shapes, rows: int) -> Inputs:
+    first = next(iter(shapes.values()))
+    made: Inputs = {"x": normal(device, rows, first[1], seed=99)}
+    for i, (name, (n, k)) in enumerate(shapes.items()):
+        made |= {f"{name}_{part}": tensor for part, tensor in nf4_inputs(device, n, k, seed=i).items()}
+        made |= {f"{name}_a": normal(device, RANK, k, seed=10 + i) * k**-0.5}
+        made |= {f"{name}_b": normal(device, n, RANK, seed=20 + i) * 0.1}
+    return made
+
+
+def _plus_adapter(y: torch.Tensor, name: str, x: torch.Tensor, tensors: Inputs) -> torch.Tensor:
+    a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
+    return y + (torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b) * 1.0).to(y.dtype)
+
+
+def _eager(shapes: Shapes) -> Layer:
+    """One layer with PyTorch's dequantization; it stays in float64 when given it."""
+
+    def layer(name: str, x: torch.Tensor, tensors: Inputs) -> torch.Tensor:
+        parts: dict[str, Any] = {part: tensors[f"{name}_{part}"] for part in PARTS}
+        w = dequantize_nf4(tensors[f"{name}_packed"], shape=shapes[name], dtype=x.dtype, impl="torch", **parts)
+        return _plus_adapter(torch.nn.functional.linear(x, w), name, x, tensors)
+
+    return layer
+
+
+def _peft(shapes: Shapes) -> Layer | None:
+    """One layer as PEFT and bitsandbytes compute it."""
+    library = bitsandbytes()
+
+    def layer(name: str, x: torch.Tensor, tensors: Inputs) -> torch.Tensor:
+        state = quant_state({part: tensors[f"{name}_{part}"] for part in PARTS}, shapes[name], x.dtype)
+        return _plus_adapter(library.matmul_4bit(x, tensors[f"{name}_packed"], state), name, x, tensors)
+
+    return library and layer
+
+
+def _ours(name: str, shapes: Shapes, tensors: Inputs) -> LoRALinear:
+    absmax, nested_absmax, code, offset = (tensors[f"{name}_{part}"] for part in PARTS)
+    packed = tensors[f"{name}_packed"]
+    weight = NF4Weight(packed, absmax, shapes[name], torch.bfloat16, 64, nested_absmax, code, offset)
+    return LoRALinear(weight, tensors[f"{name}_a"], tensors[f"{name}_b"])
+
+
+def _each(layer: Layer | None, shapes: Shapes) -> Provider | None:
+    return layer and (lambda x, **tensors: tuple(layer(name, x, tensors) for name in shapes))
+
+
+def _block(layer: Layer | None) -> Provider | None:
+    def run(x: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+        if layer is None:
+            raise TypeError("a block needs a layer")
+        gate, up = layer("gate", x, tensors), layer("up", x, tensors)
+        return layer("down", torch.nn.functional.silu(gate) * up, tensors)
+
+    return layer and run
+
+
+def _fused_qkv(shapes: Shapes, x: torch.Tensor, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return lora_qkv(x, [_ours(name, shapes, tensors) for name in shapes])
+
+
+def _fused_mlp(shapes: Shapes, x: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+    gate, up, down = (_ours(name, shapes, tensors) for name in shapes)
+    return lora_mlp(x, gate, up, down)
+
+
+def _case(op: str, model: str, full: Shapes, rows: int, tiny: bool) -> Case:
+    shapes: Shapes = {name: (n // 64, k // 64) for name, (n, k) in full.items()} if tiny else full
+    m = 4 if tiny else rows
+    wanted = ["x", *(f"{name}_{part}" for name in shapes for part in "ab")]
+    wrap: Callable[[Layer | None], Provider | None] = _block if op == "lora_mlp" else partial(_each, shapes=shapes)
+    ours = partial(_fused_mlp if op == "lora_mlp" else _fused_qkv, shapes)
+    eager = wrap(_eager(shapes))
+    if eager is None:
+        raise TypeError("the reference is always there")
+    base = sum(n * k for n, k in shapes.values())
+    adapters = sum(RANK * (n + k) for n, k in shapes.values())
+    return Case(
+        op, f"{model}, {m} rows", partial(_make, shapes=shapes, rows=m),
+        present(torch=eager, peft=wrap(_peft(shapes)), fvlm=ours), eager, wanted,
+        forward_flops=2 * m * (base + adapters), backward_flops=2 * m * (base + 2 * adapters),
+        shape={"rows": m, "weights": base, "rank": RANK},
+    )  # fmt: skip
+
+
+def qkv_cases(tiny: bool) -> list[Case]:
+    """Return the cases of ``lora_qkv``."""
+    return [_case("lora_qkv", model, shapes, rows, tiny) for model, shapes in QKV.items() for rows in ROWS]
+
+
+def mlp_cases(tiny: bool) -> list[Case]:
+    """Return the cases of ``lora_mlp``."""
+    return [_case("lora_mlp", model, shapes, rows, tiny) for model, shapes in MLP.items() for rows in ROWS]

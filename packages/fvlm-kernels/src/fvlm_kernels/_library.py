@@ -9,6 +9,7 @@ and in eager mode it costs a third of the Python time of ``torch.library.registe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,3 +32,20 @@ def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]
         _LIBRARY.impl(name, launcher, key)
     torch.library.register_fake(f"fvlm::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fvlm, name).default
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a Function's ``backward`` to refuse ``create_graph=True``.
+
+    What an operator returns carries no graph, so that a second derivative through it would silently lose terms.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # on in a backward pass by create_graph alone
+            raise NotImplementedError(
+                'fvlm_kernels has first derivatives only, and create_graph=True asks for a second; use impl="torch"'
+            )
+        return backward(ctx, *grads)
+
+    return checked

@@ -16,7 +16,7 @@ import torch
 
 from ._elementwise import BLOCK, activate, activation_and_slope, walk
 from ._launch import Impl, check_floating, launch, use_triton
-from ._library import register
+from ._library import first_derivative_only, register
 from ._triton import tl, triton
 
 Approximate = Literal["none", "tanh"]
@@ -90,6 +90,7 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return _bwd_op(dy, x, ctx.act), None

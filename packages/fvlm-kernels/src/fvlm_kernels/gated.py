@@ -22,7 +22,7 @@ import torch
 
 from ._elementwise import BLOCK, activate, activation_and_slope, walk
 from ._launch import Impl, check_floating, check_same_device, check_same_dtype, check_shape, launch, use_triton
-from ._library import register
+from ._library import first_derivative_only, register
 from ._triton import tl, triton
 from .activations import Approximate, gelu_name
 
@@ -135,6 +135,7 @@ class _Gated(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
         need_dgate, need_dup, _ = ctx.needs_input_grad

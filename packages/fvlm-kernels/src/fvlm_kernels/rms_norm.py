@@ -33,7 +33,7 @@ from typing import Any, Literal, overload
 import torch
 
 from ._launch import Impl, cdiv, launch, row_blocks, rows_of, use_triton
-from ._library import register
+from ._library import first_derivative_only, register
 from ._norms import check_norm, check_width, deal_rows
 from ._triton import tl, triton
 
@@ -269,6 +269,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[1]
@@ -296,6 +297,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, h
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, dy: torch.Tensor | None, dh: torch.Tensor | None) -> Any:
         if dy is None:  # the norm's own output was not used
             return dh, dh, None, None, None, None

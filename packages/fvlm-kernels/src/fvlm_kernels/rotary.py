@@ -38,7 +38,7 @@ from ._launch import (
     next_power_of_two,
     use_triton,
 )
-from ._library import register
+from ._library import first_derivative_only, register
 from ._triton import tl, triton
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -277,6 +277,7 @@ class _Rotation(torch.autograd.Function):
         return both
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> Any:
         grads = _op(dq, dk, *ctx.saved_tensors, *ctx.settings, False, True, ctx.dtype)
         return (*grads, None, None, None, None, None)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fvlm_kernels import gelu, layer_norm, rms_norm, rotary, swiglu
+
+X, WEIGHT = torch.randn(2, 8), torch.ones(8)
+OPS = {
+    "rms_norm": lambda x, impl: rms_norm(x, WEIGHT.to(x.device), impl=impl),
+    "add_rms_norm": lambda x, impl: rms_norm(x, WEIGHT.to(x.device), residual=x, impl=impl)[0],
+    "layer_norm": lambda x, impl: layer_norm(x, WEIGHT.to(x.device), impl=impl),
+    "gelu": lambda x, impl: gelu(x, impl=impl),
+    "swiglu": lambda x, impl: swiglu(x, x, impl=impl),
+    "rotary": lambda x, impl: rotary(*[x.view(1, 1, 2, 8)] * 2, *[torch.ones(2, 8, device=x.device)] * 2, impl=impl)[0],
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_second_derivative_is_refused_and_not_silently_wrong(name, device):
+    x = X.clone().to(device).requires_grad_()
+    y = OPS[name](x, "triton")
+    with pytest.raises(NotImplementedError, match=r"create_graph=True"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_gradient(name, reentrant, device):
+    x = X.clone().to(device).requires_grad_()
+    (plain,) = torch.autograd.grad(OPS[name](x, "triton").pow(2).sum(), x)
+    y = torch.utils.checkpoint.checkpoint(lambda t: OPS[name](t, "triton"), x, use_reentrant=reentrant)
+    y.pow(2).sum().backward()
+    assert torch.equal(x.grad, plain)

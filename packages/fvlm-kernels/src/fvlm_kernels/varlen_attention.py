@@ -37,11 +37,10 @@ def _ref(
     """Attend segment by segment in plain PyTorch; float64 stays float64."""
     lengths = cu_seqlens.diff().tolist()
     outs = []
+    grouped = q.shape[1] != k.shape[1]
     for segment in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        queries, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in segment)
-        out = scaled_dot_product_attention(
-            queries, keys, values, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in segment)
+        out = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs) if outs else torch.zeros_like(q)
 

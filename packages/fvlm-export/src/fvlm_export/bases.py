@@ -75,7 +75,9 @@ class CheckpointBase:
         parts = {name for members in self.quantized.values() for name in members}
         names = [name for name in self._home if name not in parts]
         self.infos = {name: self._info(name, default_dtype) for name in names}
-        self.layout, self.slots = Layout.of_checkpoint(skeleton, names, conversions)
+        self.layout, self.slots = Layout.of_checkpoint(
+            skeleton, {name: info.shape for name, info in self.infos.items()}, conversions
+        )
         for slot in self.slots:
             if not any(param in resized for param in slot.params):
                 self._check_shape(slot, skeleton)

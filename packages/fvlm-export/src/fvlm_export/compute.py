@@ -68,6 +68,13 @@ class Merger:
         params = self.unmerged(item)
         untouched = params is None
         found = self.base.stored(item.slot, self.device) if params is None else self.exact(item, params, torch.float32)
+        for info in item.values:
+            shape = tuple(found[info.name].shape)
+            if shape != info.shape:
+                raise ExportError(
+                    f"{info.name!r} came out with shape {shape} where {info.shape} was planned; this is an error in "
+                    "fvlm_export, please report it."
+                )
         rounded = {info.name: found[info.name].to(info.dtype) for info in item.values}
         if not untouched:
             for name, value in rounded.items():

@@ -17,6 +17,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -40,12 +41,14 @@ class Slot:
         params: names in the module tree; empty for a stored tensor that the model does not load.
         conversion: how stored tensors become parameters; None: the one tensor is the one parameter, unchanged.
         sources: stored name → the pattern of the conversion that it matched.
+        shapes: stored name → its shape, where a checkpoint holds it in another form than the model.
     """
 
     stored: tuple[str, ...]
     params: tuple[str, ...]
     conversion: WeightConverter | None = None
     sources: Mapping[str, str] | None = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
 
 
 class Layout:
@@ -64,20 +67,20 @@ class Layout:
 
     @classmethod
     def of_checkpoint(
-        cls, skeleton: Skeleton, stored: Iterable[str], conversions: list[Any] | None = None
+        cls, skeleton: Skeleton, stored: Mapping[str, tuple[int, ...]], conversions: list[Any] | None = None
     ) -> tuple[Layout, list[Slot]]:
         """Find each stored tensor's place, in the order given.
 
         Args:
             skeleton: the model.
-            stored: every name in the checkpoint.
+            stored: every name in the checkpoint, with its shape.
             conversions: those that a live model was loaded through; None: those that transformers knows for the model.
 
         Raises:
             CheckpointError: the checkpoint lacks a parameter of the model.
         """
         mapping = get_model_conversion_mapping(skeleton.model) if conversions is None else copy.deepcopy(conversions)
-        slots = _place(skeleton, list(stored), mapping)
+        slots = _place(skeleton, stored, mapping)
         held = {param for slot in slots for param in slot.params}
         missing = sorted(p for p in skeleton.parameters if p not in held and skeleton.tied.get(p) not in held)
         if missing:
@@ -133,7 +136,7 @@ class Layout:
                 f"the stored form of {slot.params[0]!r} cannot be rebuilt: transformers leads back to "
                 f"{sorted(stored)[0]!r}, the checkpoint has {slot.stored[0]!r}; merge from the live model instead."
             )
-        return {name: stored[name] for name in slot.stored}
+        return {name: _as_stored(slot, name, stored[name]) for name in slot.stored}
 
     def stored_name(self, param: str) -> str:
         """Return the name under which a parameter that the checkpoint lacks (a tied one) is stored."""
@@ -151,7 +154,7 @@ class Layout:
         return renamed if renamed in self.skeleton.shapes else key
 
 
-def _place(skeleton: Skeleton, stored: list[str], mapping: list[Any]) -> list[Slot]:
+def _place(skeleton: Skeleton, stored: Mapping[str, tuple[int, ...]], mapping: list[Any]) -> list[Slot]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -179,8 +182,30 @@ def _place(skeleton: Skeleton, stored: list[str], mapping: list[Any]) -> list[Sl
             slots.append(Slot((members[0],), (param,)))
         else:
             conversion = by_pattern[sources[members[0]]]
-            slots.append(Slot(tuple(members), _targets(param, conversion), conversion, sources))
+            forms = {name: stored[name] for name in members}
+            slots.append(Slot(tuple(members), _targets(param, conversion), conversion, sources, forms))
     return slots
+
+
+def _as_stored(slot: Slot, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Give a tensor the shape it has in the checkpoint.
+
+    Where transformers accepts a tensor and its transpose alike (stacked experts), it saves the model's own orientation;
+    the checkpoint's is kept here, because other readers know only that one.
+    """
+    wanted = None if slot.shapes is None else slot.shapes[name]
+    if wanted is None or tuple(value.shape) == wanted:
+        return value
+    operations = [] if slot.conversion is None else slot.conversion.operations[::-1]
+    if all(isinstance(operation, Transpose) for operation in operations):
+        for operation in operations:
+            value = value.transpose(operation.dim0, operation.dim1)
+    if tuple(value.shape) != wanted:
+        raise ExportError(
+            f"the stored form of {name!r} cannot be rebuilt: it has shape {wanted} and transformers gives "
+            f"{tuple(value.shape)}; merge from the live model instead."
+        )
+    return value.contiguous()
 
 
 def _targets(first: str, conversion: WeightConverter) -> tuple[str, ...]:

@@ -240,15 +240,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         files = self.files(name, revision)
-        if files is None or path not in files:
-            return (
-                None
-                if files is None
-                else self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
-            )
+        if files is None:
+            return
         content = files[path]
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
-        return self.answer(200, content, headers)
+        self.answer(200, content, headers)
 
     def valid(self, body: bytes) -> None:
         text = json.loads(body)["content"]

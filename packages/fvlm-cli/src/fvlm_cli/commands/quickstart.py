@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fvlm_cli.output import Output
+from fvlm_cli.quickstart import STEPS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_STEPS = 300
 _OUTPUT = Annotated[
     Path, typer.Option(help="Folder for the results. If it holds something, a numbered folder beside it is used.")
 ]
-_STEPS_OPTION = Annotated[int, typer.Option(help="Training steps.")]
+_STEPS = Annotated[int, typer.Option(help="Training steps.")]
 _SEED = Annotated[int, typer.Option(help="Seed of the adapter and of the training images.")]
 
 
 def quickstart(
-    output: _OUTPUT = Path("fvlm-quickstart"), steps: _STEPS_OPTION = _STEPS, seed: _SEED = 0, *, out: Output
+    output: _OUTPUT = Path("fvlm-quickstart"), steps: _STEPS = STEPS, seed: _SEED = 0, *, out: Output
 ) -> None:
     """Fine-tune a tiny vision-language model on real handwriting: no download, no GPU needed, a few minutes."""
     from dataclasses import asdict

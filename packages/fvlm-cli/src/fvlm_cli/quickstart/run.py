@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fvlm_cli.quickstart import STEPS
 from fvlm_cli.quickstart.folders import fresh_folder, shipped_checkpoint
 from fvlm_cli.quickstart.handwriting import writings
 from fvlm_cli.quickstart.merged import read_with_transformers
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fvlm_cli.quickstart.handwriting import Writing
     from fvlm_cli.quickstart.training import Training
 
-STEPS = 300
 TEST_IMAGES = 256
 MERGE_BASE = "dequantized"
 

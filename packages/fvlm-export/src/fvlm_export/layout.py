@@ -197,9 +197,10 @@ def _as_stored(slot: Slot, name: str, value: torch.Tensor) -> torch.Tensor:
     if wanted is None or tuple(value.shape) == wanted:
         return value
     operations = [] if slot.conversion is None else slot.conversion.operations[::-1]
-    if all(isinstance(operation, Transpose) for operation in operations):
-        for operation in operations:
-            value = value.transpose(operation.dim0, operation.dim1)
+    turns = [operation for operation in operations if isinstance(operation, Transpose)]
+    if len(turns) == len(operations):
+        for turn in turns:
+            value = value.transpose(turn.dim0, turn.dim1)
     if tuple(value.shape) != wanted:
         raise ExportError(
             f"the stored form of {name!r} cannot be rebuilt: it has shape {wanted} and transformers gives "

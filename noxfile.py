@@ -152,7 +152,7 @@ def tests(session: nox.Session, package: str) -> None:
 def integration(session: nox.Session) -> None:
     """Test the packages together, and the workspace itself."""
     sync(session, "--all-packages")
-    pytest(session, "tests")
+    pytest(session, "tests", "examples")
 
 
 @nox.session

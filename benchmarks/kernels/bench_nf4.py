@@ -67,15 +67,14 @@ def _bnb_matvec(n: int, k: int) -> Provider | None:
     return library and run
 
 
-def _small(tiny: bool, n: int, k: int) -> tuple[int, int]:
-    return (8, 128) if tiny else (n, k)
+def _weights(tiny: bool) -> dict[str, tuple[int, int]]:
+    return {"tiny": (8, 128)} if tiny else WEIGHTS
 
 
 def dequantize_cases(tiny: bool) -> list[Case]:
     """Return the cases of ``dequantize_nf4``, with nested absmaxes, to bf16."""
     cases = []
-    for name, full in WEIGHTS.items():
-        n, k = _small(tiny, *full)
+    for name, (n, k) in _weights(tiny).items():
         ours = partial(dequantize_nf4, shape=(n, k), dtype=torch.bfloat16)
         reference = partial(ours, impl="torch")
         moved = n * k // 2 + n * k // 64 + size(n, k)
@@ -92,8 +91,7 @@ def dequantize_cases(tiny: bool) -> list[Case]:
 def matvec_cases(tiny: bool) -> list[Case]:
     """Return the cases of ``nf4_matvec``: one row and eight."""
     cases = []
-    for name, full in WEIGHTS.items():
-        n, k = _small(tiny, *full)
+    for name, (n, k) in _weights(tiny).items():
         for rows in (1, 8):
 
             def make(device: torch.device, n: int = n, k: int = k, rows: int = rows) -> Inputs:
@@ -114,8 +112,7 @@ def matvec_cases(tiny: bool) -> list[Case]:
 def int8_cases(tiny: bool) -> list[Case]:
     """Return the cases of ``dequantize_int8``, to bf16."""
     cases = []
-    for name, full in WEIGHTS.items():
-        n, k = _small(tiny, *full)
+    for name, (n, k) in _weights(tiny).items():
 
         def make(device: torch.device, n: int = n, k: int = k) -> Inputs:
             scale = normal(device, n, dtype=torch.float32).abs()

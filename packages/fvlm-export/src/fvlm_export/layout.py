@@ -196,7 +196,7 @@ def _as_stored(slot: Slot, name: str, value: torch.Tensor) -> torch.Tensor:
     wanted = None if slot.shapes is None else slot.shapes[name]
     if wanted is None or tuple(value.shape) == wanted:
         return value
-    operations = [] if slot.conversion is None else slot.conversion.operations[::-1]
+    operations: list[Any] = [] if slot.conversion is None else slot.conversion.operations[::-1]
     turns = [operation for operation in operations if isinstance(operation, Transpose)]
     if len(turns) == len(operations):
         for turn in turns:

@@ -2,8 +2,8 @@
 
     python packages/fvlm-export/benchmarks/merge_memory.py FOLDER --gigabytes 12
 
-FOLDER gets the checkpoint, the adapter and the result; it needs about three times the size. The model is a Qwen2-VL
-with as many layers as the size asks for; its weights are drawn once and repeated, since their values do not matter here.
+FOLDER gets the checkpoint, the adapter and the result, and needs about three times the size. The model is a Qwen2-VL
+with as many layers as the size asks for; its weights are drawn once and repeated: their values do not matter.
 """
 
 from __future__ import annotations

@@ -170,8 +170,9 @@ def test_only_what_is_asked_for_is_computed_in_an_mlp(wanted, device):
     zoo.policy(*mlp_pair(zoo, "silu"), randn(7, 64, dtype=torch.float32, device=device), wanted)
 
 
-def saved_bytes(run):
-    seen = {}
+def kept_bytes(zoo, x, run):
+    """The sizes of what a forward pass saves, but for its inputs and the zoo's own tensors."""
+    seen, own = {}, [x, *zoo.tensors.values(), *(p for base in zoo.bases.values() for p in base.parts)]
 
     def pack(t):
         seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -179,28 +180,33 @@ def saved_bytes(run):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
-    return seen
+    return sorted(v for k, v in seen.items() if k not in {t.untyped_storage().data_ptr() for t in own})
 
 
 def test_frozen_adapters_save_no_activation(device):
     zoo = Zoo(MLP, torch.float32, device, bias=False)
     x = randn(100, 64, dtype=torch.float32, device=device)
-    ours = mlp_pair(zoo, "silu")[0]
-    own = {t.untyped_storage().data_ptr() for t in zoo.tensors.values()}
-    own |= {p.untyped_storage().data_ptr() for base in zoo.bases.values() for p in base.parts}
-    trained = zoo.tensors | {"down_b": zoo.tensors["down_b"].requires_grad_()}
-    seen = {k: v for k, v in saved_bytes(lambda: ours(x, **trained)).items() if k not in own}
-    assert list(seen.values()) == [100 * 6 * 4]  # the product with down's A, of rank 6, and nothing else
+    zoo.tensors["down_b"].requires_grad_()
+    kept = kept_bytes(zoo, torch.empty(0), lambda: mlp_pair(zoo, "silu")[0](x, **zoo.tensors))
+    assert kept == [100 * 6 * 4]  # the product with down's A, of rank 6, and nothing else
+
+
+@pytest.mark.parametrize(("trained", "size"), [("q_a", [100 * 64 * 4]), ("k_b", [100 * 15 * 4]), ("q_bias", [])])
+def test_projections_save_only_what_is_trained_on(trained, size, device):
+    zoo = Zoo(QKV, torch.float32, device)
+    x = randn(100, 64, dtype=torch.float32, device=device)
+    zoo.tensors[trained].requires_grad_()
+    kept = kept_bytes(zoo, torch.empty(0), lambda: qkv_pair(zoo)[0](x, **zoo.tensors))
+    assert kept == size  # x; or the products with A, of ranks 4, 5 and 6; or nothing
 
 
 def test_hidden_activation_of_an_mlp_is_not_saved(device):
     zoo = Zoo(MLP, torch.float32, device, bias=False)
     x = randn(100, 64, dtype=torch.float32, device=device).requires_grad_()
-    leaves = {n: t.requires_grad_() for n, t in zoo.tensors.items()}
-    own = {t.untyped_storage().data_ptr() for t in (x, *leaves.values())}
-    seen = saved_bytes(lambda: mlp_pair(zoo, "silu")[0](x, **leaves))
-    kept = [v for k, v in seen.items() if k not in own and v >= 100 * 9 * 4]
-    assert sorted(kept) == [100 * 9 * 4, 100 * 32 * 4, 100 * 32 * 4]  # products with A of gate and up; gate; up
+    tensors = {n: t.requires_grad_() for n, t in zoo.tensors.items()}
+    kept = kept_bytes(zoo, x, lambda: mlp_pair(zoo, "silu")[0](x, **tensors))
+    # the products with down's A and with those of gate and up; gate; up
+    assert kept == [100 * 6 * 4, 100 * 9 * 4, 100 * 32 * 4, 100 * 32 * 4]
 
 
 @pytest.mark.parametrize("bare", [("q",), ("k", "v"), ("q", "k", "v")], ids=str)

@@ -12,9 +12,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
             for info in shard:
                 count = info.nbytes // 2
                 value = noise.repeat(-(-count // noise.numel()))[:count]
-                writer.write(info.name, as_bytes(value))
+                writer.write(info.name, [as_bytes(value)])
                 weight_map[info.name] = name
             writer.finish()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -89,14 +89,21 @@ def make_adapter(folder: Path, base: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
 
 
-def measured(send: object, adapter: Path, out: Path, verify: bool) -> None:
-    """Merge in this process and send the seconds and the peak resident set."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_resident() -> int:
+    """The peak resident set of this process since it was last reset, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def measured(send: Connection, adapter: Path, out: Path, verify: bool) -> None:
+    """Merge in this process and send the seconds and the peak resident set before and during it."""
+    import fvlm_export.save  # noqa: F401  the import is not part of the merge
+
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which a child inherits from its parent
+    before = peak_resident()
     begin = time.perf_counter()
     save_pretrained_merged(adapter, out, verify=verify, progress=False)
-    seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    send.send((seconds, before * 1024, peak * 1024))  # type: ignore[attr-defined]
+    send.send((time.perf_counter() - begin, before, peak_resident()))
 
 
 def run(adapter: Path, out: Path, verify: bool) -> tuple[float, int, int]:

@@ -154,7 +154,8 @@ def _lora_changes(name: str, layer: LoraLayer, adapter: str, weight: float) -> l
     if magnitude is not None:
         _only_whole(f"{name} (DoRA)", weight)
     scaling = float(layer.scaling[adapter]) * weight
-    changes: list[tuple[str, Change]] = [(param, LowRank(a, b, scaling, _form(layer), magnitude))]
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) and layer.num_experts > 1 else None
+    changes: list[tuple[str, Change]] = [(param, LowRank(a, b, scaling, _form(layer), magnitude, experts))]
     if layer.lora_bias.get(adapter):
         changes.append((f"{name}.bias", Addition(held.lora_B[adapter].bias, scaling)))
     return changes

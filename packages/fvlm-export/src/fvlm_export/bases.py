@@ -35,6 +35,9 @@ class Base(Protocol):
     def stored(self, slot: Slot, device: torch.device) -> dict[str, torch.Tensor]:
         """Return a slot's stored tensors as they are, in floating point; those of a file keep their bytes."""
 
+    def file_of(self, name: str) -> SafetensorFile | None:
+        """Return the file that holds a stored tensor's very bytes; None: there is none, or it is quantized there."""
+
     def release(self, slot: Slot) -> None:
         """Say that a slot's values are no longer needed."""
 
@@ -114,6 +117,10 @@ class CheckpointBase:
         stored = {name: value.to(device) for name, value in self.stored(slot, device).items()}
         return self.layout.to_params(slot, stored)
 
+    def file_of(self, name: str) -> SafetensorFile | None:
+        """See :class:`Base`."""
+        return None if name in self.quantized else self._home[name]
+
     def release(self, slot: Slot) -> None:
         """See :class:`Base`."""
         for name in slot.stored:
@@ -182,6 +189,10 @@ class LiveBase:
     def stored(self, slot: Slot, device: torch.device) -> dict[str, torch.Tensor]:
         """See :class:`Base`."""
         return self.layout.to_stored(slot, self.params(slot, device))
+
+    def file_of(self, name: str) -> SafetensorFile | None:
+        """See :class:`Base`."""
+        return None
 
     def release(self, slot: Slot) -> None:
         """See :class:`Base`."""

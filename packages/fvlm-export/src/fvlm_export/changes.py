@@ -18,12 +18,18 @@ from typing import Protocol
 
 import torch
 
+# Elements of a block: fp32 temporaries that stay in a core's cache; on a GPU, enough to keep it busy
+_CPU_BLOCK, _GPU_BLOCK = 1 << 19, 1 << 25
+
 
 class Change(Protocol):
     """Something that an adapter does to one parameter."""
 
     def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the changed ``value``, in its dtype and on its device; ``base`` is the parameter before any change."""
+
+    def rows(self, part: slice) -> Change | None:
+        """Return what the change does to these rows (along the first axis); None: rows cannot be changed one by one."""
 
 
 class Form(Enum):
@@ -50,6 +56,7 @@ class LowRank:
         scaling: what multiplies their product.
         form: where the product goes.
         magnitude: DoRA's norms, one per output (per column of an embedding); None: plain LoRA.
+        experts: how many experts the factors hold, for the two forms that have any.
     """
 
     a: torch.Tensor
@@ -57,6 +64,7 @@ class LowRank:
     scaling: float
     form: Form
     magnitude: torch.Tensor | None = None
+    experts: int | None = None
 
     def delta(self, like: torch.Tensor) -> torch.Tensor:
         """Return ``scaling·B·A`` in the parameter's shape, dtype and device."""
@@ -78,6 +86,8 @@ class LowRank:
 
     def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the changed value."""
+        if self.form is Form.LINEAR and self.magnitude is None:  # nearly always; one pass instead of three
+            return torch.addmm(value, self.b.detach().to(value), self.a.detach().to(value), alpha=self.scaling)
         delta = self.delta(base)
         if self.magnitude is None:
             return value + delta
@@ -89,9 +99,25 @@ class LowRank:
         rescaled: torch.Tensor = magnitude / norm * (value + delta)
         return rescaled
 
-    def weighted(self, weight: float) -> LowRank:
-        """Return the change with its product multiplied by ``weight``."""
-        return replace(self, scaling=self.scaling * weight)
+    def rows(self, part: slice) -> LowRank | None:
+        """See :class:`Change`."""
+        if self.form is Form.LINEAR or self.form is Form.CONV:
+            magnitude = None if self.magnitude is None else self.magnitude.reshape(-1)[part]
+            return replace(self, b=self.b[part], magnitude=magnitude)
+        if self.magnitude is not None:
+            return None  # a norm over all rows
+        if self.form is Form.EMBEDDING:
+            return replace(self, a=self.a[:, part])
+        if self.form is Form.TRANSPOSED:
+            return replace(self, a=self.a[:, part])
+        return None if part.stop is None else self._experts(part)
+
+    def _experts(self, part: slice) -> LowRank | None:
+        if self.experts is None:
+            return None
+        a = self.a.reshape(self.experts, -1, self.a.shape[-1])[part]
+        b = self.b.reshape(self.b.shape[0], -1, self.experts)[:, :, part]
+        return replace(self, a=a.flatten(0, 1), b=b.flatten(1), experts=a.shape[0])
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,10 @@ class Replacement:
     def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the trained value."""
         return self.tensor.detach().to(value)
+
+    def rows(self, part: slice) -> Replacement:
+        """See :class:`Change`."""
+        return Replacement(self.tensor[part])
 
 
 @dataclass(frozen=True)
@@ -116,6 +146,11 @@ class Rows:
         """Return the value with the rows replaced."""
         return value.index_copy(0, self.index.to(value.device), self.tensor.detach().to(value))
 
+    def rows(self, part: slice) -> Rows:
+        """See :class:`Change`."""
+        inside = (self.index >= part.start) & (self.index < part.stop)
+        return Rows(self.index[inside] - part.start, self.tensor[inside.to(self.tensor.device)])
+
 
 @dataclass(frozen=True)
 class Addition:
@@ -127,6 +162,10 @@ class Addition:
     def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the sum."""
         return value + self.tensor.detach().to(value) * self.scaling
+
+    def rows(self, part: slice) -> Addition:
+        """See :class:`Change`."""
+        return Addition(self.tensor[part], self.scaling)
 
 
 def merge(base: torch.Tensor, changes: Sequence[Change], compute: torch.dtype) -> torch.Tensor:
@@ -145,6 +184,32 @@ def merge(base: torch.Tensor, changes: Sequence[Change], compute: torch.dtype) -
     for change in changes:
         value = change.apply(value, first)
     return value
+
+
+def merge_rounded(
+    base: torch.Tensor, changes: Sequence[Change], dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Merge in fp32 and round once, a block of rows at a time, so that no fp32 copy of the whole is ever made.
+
+    Args:
+        base: the parameter, any floating dtype.
+        changes: in the order of the adapters.
+        dtype: of the result.
+        out: where the result goes, of the parameter's shape and the result's dtype; None: a new tensor.
+
+    Returns:
+        The merged parameter on the base's device.
+    """
+    shape = result_shape(tuple(base.shape), changes)
+    if shape != tuple(base.shape) or not shape or any(change.rows(slice(0, 1)) is None for change in changes):
+        return merge(base, changes, torch.float32).to(dtype)
+    result = torch.empty(shape, dtype=dtype, device=base.device) if out is None else out
+    block = _CPU_BLOCK if base.device.type == "cpu" else _GPU_BLOCK
+    step = max(1, block * shape[0] // max(1, base.numel()))
+    for start in range(0, shape[0], step):
+        part = slice(start, min(start + step, shape[0]))
+        result[part] = merge(base[part], [cut for c in changes if (cut := c.rows(part)) is not None], torch.float32)
+    return result
 
 
 def result_shape(shape: tuple[int, ...], changes: Sequence[Change]) -> tuple[int, ...]:

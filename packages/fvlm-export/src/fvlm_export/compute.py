@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from fvlm_core.errors import ExportError
 from fvlm_export.bases import Base
-from fvlm_export.changes import merge
+from fvlm_export.changes import merge_rounded
 from fvlm_export.layout import Slot
 from fvlm_export.plan import Item
 from fvlm_export.quantized import nf4_tensors
+from fvlm_export.safetensor_file import SafetensorFile
+
+
+class Scratch:
+    """Two buffers, used in turn: fresh memory for each large tensor costs the system more time than the merge."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialized CPU tensor, which holds until the call after the next."""
+        self._buffers.reverse()
+        size = math.prod(shape) * dtype.itemsize
+        if self._buffers[0].numel() < size:
+            self._buffers[0] = torch.empty(size, dtype=torch.uint8)
+        return self._buffers[0][:size].view(dtype).reshape(shape)
 
 
 class Merger:
@@ -30,6 +47,7 @@ class Merger:
     def __init__(self, base: Base, live: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self.base, self._live, self.device = base, live, device
         self.overridden: dict[str, None] = {}
+        self._scratch = Scratch()
 
     def unmerged(self, item: Item) -> dict[str, torch.Tensor] | None:
         """Return an item's parameters before the adapters; None if its stored bytes can be kept as they are."""
@@ -45,20 +63,6 @@ class Merger:
             return {item.slot.params[0]: params[item.copy_of]}
         return params if item.changes or changed else None
 
-    def exact(self, item: Item, params: Mapping[str, torch.Tensor], compute: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return an item's merged stored tensors, not yet rounded.
-
-        Args:
-            item: the item.
-            params: what :meth:`unmerged` gave.
-            compute: float32 to merge, float64 to verify.
-        """
-        merged = {
-            name: merge(value, item.changes[name], compute) if name in item.changes else value
-            for name, value in params.items()
-        }
-        return self.base.layout.to_stored(item.slot, merged)
-
     def values(self, item: Item) -> dict[str, torch.Tensor]:
         """Return an item's stored tensors, rounded to the dtype that the plan gives them.
 
@@ -66,8 +70,12 @@ class Merger:
             ExportError: a merged value is not finite.
         """
         params = self.unmerged(item)
-        untouched = params is None
-        found = self.base.stored(item.slot, self.device) if params is None else self.exact(item, params, torch.float32)
+        if params is None:
+            stored = self.base.stored(item.slot, self.device)
+            return {info.name: stored[info.name].to(info.dtype) for info in item.values}
+        dtype = item.values[0].dtype
+        merged = {name: self._merged(item, name, value, dtype) for name, value in params.items()}
+        found = self.base.layout.to_stored(item.slot, merged)
         for info in item.values:
             shape = tuple(found[info.name].shape)
             if shape != info.shape:
@@ -75,17 +83,29 @@ class Merger:
                     f"{info.name!r} came out with shape {shape} where {info.shape} was planned; this is an error in "
                     "fvlm_export, please report it."
                 )
-        rounded = {info.name: found[info.name].to(info.dtype) for info in item.values}
-        if not untouched:
-            for name, value in rounded.items():
-                if not bool(torch.isfinite(value).all()):
-                    raise ExportError(
-                        f"merging {name!r} gives NaN or infinity in {value.dtype}; pass dtype=torch.bfloat16."
-                    )
-        return rounded
+            if not all_finite(found[info.name]):
+                raise ExportError(f"merging {info.name!r} gives NaN or infinity in {dtype}; pass dtype='bfloat16'.")
+        return {info.name: found[info.name].to(info.dtype) for info in item.values}
+
+    def _merged(self, item: Item, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if name not in item.changes:
+            return value
+        out = None
+        if value.device.type == "cpu" and item.slot.conversion is None and len(item.outputs) == len(item.values):
+            out = self._scratch.take(tuple(value.shape), dtype)
+        return merge_rounded(value, item.changes[name], dtype, out)
+
+    def copied_from(self, item: Item) -> SafetensorFile | None:
+        """Return the base's file whose bytes an item keeps; None: its values are computed, cast or quantized."""
+        if len(item.values) != 1 or item.outputs != item.values or item.changes or item.copy_of is not None:
+            return None
+        (info,) = item.values
+        if self.base.infos.get(info.name) != info or any(param in self._live for param in item.slot.params):
+            return None
+        return self.base.file_of(info.name)
 
     def outputs(self, item: Item) -> dict[str, torch.Tensor]:
-        """Return an item's tensors as they are written, on the CPU."""
+        """Return an item's tensors as they are written, on the CPU; they hold until the call after the next."""
         values = self.values(item)
         if len(item.outputs) == len(item.values):
             return {name: value.cpu() for name, value in values.items()}
@@ -104,3 +124,11 @@ class Merger:
 
 def _same_values(stored: torch.Tensor, live: torch.Tensor) -> bool:
     return stored.shape == live.shape and torch.equal(stored.to(live), live.detach())
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity: NaN would be its minimum, infinity an extreme; one fast pass."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return math.isfinite(float(low)) and math.isfinite(float(high))

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -103,10 +104,18 @@ class SafetensorFile:
         self.infos[name] = info
         self._spans[name] = (self._start + begin, self._start + end)
 
-    def raw(self, name: str) -> memoryview:
-        """Return a tensor's bytes as they lie in the file; nothing is read until they are touched."""
+    def pieces(self, name: str, size: int = 1 << 24) -> Iterator[memoryview]:
+        """Read a tensor's bytes piece by piece, past the map, into one buffer: each piece holds until the next."""
         begin, end = self._spans[name]
-        return memoryview(self._map)[begin:end]
+        buffer = memoryview(bytearray(min(size, end - begin)))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            while begin < end:
+                count = file.readinto(buffer[: min(size, end - begin)])
+                if not count:
+                    raise CheckpointError(f"{self.path} was cut while it was read; get the file again.")
+                yield buffer[:count]
+                begin += count
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor over the map, on the CPU; do not write to it."""
@@ -114,7 +123,7 @@ class SafetensorFile:
         if begin == end:
             return torch.empty(info.shape, dtype=info.dtype)
         if begin % info.dtype.itemsize:
-            return torch.frombuffer(bytearray(self.raw(name)), dtype=info.dtype).reshape(info.shape)
+            return torch.frombuffer(bytearray(self._map[begin:end]), dtype=info.dtype).reshape(info.shape)
         count = (end - begin) // info.dtype.itemsize
         return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=begin).reshape(info.shape)
 
@@ -172,6 +181,7 @@ class SafetensorWriter:
         self._infos = list(infos)
         self._pending: Iterator[TensorInfo] = iter(self._infos)
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
         self._file: BinaryIO = path.open("xb", buffering=0)
         self._put(_header(self._infos))
 
@@ -179,24 +189,29 @@ class SafetensorWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._hasher.shutdown()
         self._file.close()
 
-    def write(self, name: str, data: memoryview) -> None:
-        """Append one tensor's bytes."""
+    def write(self, name: str, pieces: Iterable[memoryview]) -> None:
+        """Append one tensor's bytes, in one piece or several."""
         info = next(self._pending, None)
-        if info is None or info.name != name or info.nbytes != data.nbytes:
+        written = 0
+        for piece in pieces:
+            self._put(piece)
+            written += piece.nbytes
+        if info is None or info.name != name or info.nbytes != written:
             raise ExportError(
-                f"tensor {name!r} came to {self.path.name} with {data.nbytes:,} bytes where {info} was planned; "
+                f"tensor {name!r} came to {self.path.name} with {written:,} bytes where {info} was planned; "
                 "this is an error in fvlm_export, please report it."
             )
-        self._put(data)
 
     def _put(self, data: memoryview | bytes) -> None:
         view = memoryview(data).cast("B")
+        hashed = self._hasher.submit(self._hash.update, view)  # both leave the interpreter's lock
         done = 0
         while done < len(view):
             done += self._file.write(view[done : done + (1 << 30)]) or 0
-        self._hash.update(view)
+        hashed.result()
 
     def finish(self) -> WrittenFile:
         """Close the file and say what it holds."""

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from fvlm_core.errors import ExportError
-from fvlm_export.compute import Merger
+from fvlm_export.changes import Change, merge
+from fvlm_export.compute import Merger, all_finite
 from fvlm_export.plan import Item, Plan
 from fvlm_export.quantized import dequantize
-from fvlm_export.safetensor_file import SafetensorFile, TensorInfo
+from fvlm_export.safetensor_file import SafetensorFile
 
 SAMPLE = 16  # merged tensors recomputed in fp64, spread evenly; every kind of change is among them
+_WHOLE = 1 << 20  # elements; of larger tensors, rows at the beginning, the middle and the end are recomputed
 _COMPUTE = 1e-5  # of the largest value: what fp32 arithmetic may add to the rounding of the result
 _NF4 = 0.25  # NF4's relative error (Frobenius) is about 0.1 for normally distributed weights, more with outliers
 
@@ -62,6 +64,11 @@ class Verifier:
         self._tensors += len(wanted)
 
     def _check_item(self, item: Item, file: SafetensorFile) -> None:
+        copied = self._merger.copied_from(item)
+        if copied is not None:
+            _check_copied(item.values[0].name, copied, file)
+            self._untouched += 1
+            return
         params = self._merger.unmerged(item)
         if params is None:
             _check_untouched(item, self._merger, file)
@@ -110,6 +117,12 @@ def _written(item: Item, file: SafetensorFile, device: torch.device) -> dict[str
     return {packed.name: value}
 
 
+def _check_copied(name: str, source: SafetensorFile, file: SafetensorFile) -> None:
+    for ours, theirs in zip(file.pieces(name), source.pieces(name), strict=True):
+        if not torch.equal(torch.frombuffer(ours, dtype=torch.uint8), torch.frombuffer(theirs, dtype=torch.uint8)):
+            raise ExportError(f"{name!r} differs from the base though no adapter touches it; merge again.")
+
+
 def _check_untouched(item: Item, merger: Merger, file: SafetensorFile) -> None:
     base = merger.base.stored(item.slot, merger.device)
     if len(item.outputs) != len(item.values):
@@ -118,39 +131,66 @@ def _check_untouched(item: Item, merger: Merger, file: SafetensorFile) -> None:
         return
     for info in item.values:
         wanted = base[info.name].to(info.dtype).cpu()
-        if not torch.equal(_bits(file.tensor(info.name), info), _bits(wanted, info)):
+        if not torch.equal(_bits(file.tensor(info.name)), _bits(wanted)):
             raise ExportError(f"{info.name!r} differs from the base though no adapter touches it; merge again.")
 
 
-def _bits(tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8) if info.dtype is not torch.bool else tensor
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _check_finite(item: Item, file: SafetensorFile) -> None:
     for info in item.outputs:
         tensor = file.tensor(info.name)
-        if info.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        if info.dtype.is_floating_point and not all_finite(tensor):
             raise ExportError(f"{info.name!r} was written with NaN or infinity; the disk may be failing, merge again.")
 
 
 def _recompute(item: Item, params: dict[str, torch.Tensor], merger: Merger, file: SafetensorFile) -> dict[str, float]:
-    exact = merger.exact(item, params, torch.float64)
+    """Recompute an item in fp64 and return the errors: whole if it is small or was converted, else a sample of rows."""
     found = {"rounding": 0.0, "nf4": 0.0}
-    for info, (name, value) in zip(item.values, _written(item, file, merger.device).items(), strict=True):
-        if len(item.outputs) != len(item.values):
-            found["nf4"] = _nf4_error(name, value.double(), exact[name])
-            continue
-        wanted = exact[name].double()
-        error = (value.double() - wanted).abs()
-        largest = float(wanted.abs().max())
-        allowed = wanted.abs() * (torch.finfo(info.dtype).eps / 2) + largest * _COMPUTE + torch.finfo(info.dtype).tiny
-        if bool((error > allowed).any()):
-            raise ExportError(
-                f"{name!r} is off by {float(error.max()):.3g} from the merge recomputed in fp64 (largest value "
-                f"{largest:.3g}); merge again, and report it if it stays."
-            )
-        found["rounding"] = max(found["rounding"], float(error.max()) / largest if largest else 0.0)
+    written = _written(item, file, merger.device)
+    if len(item.outputs) != len(item.values) or item.slot.conversion is not None:
+        exact = merger.base.layout.to_stored(
+            item.slot, {n: merge(v, item.changes.get(n, []), torch.float64) for n, v in params.items()}
+        )
+        for name, value in written.items():
+            if len(item.outputs) != len(item.values):
+                found["nf4"] = _nf4_error(name, value, exact[name])
+            else:
+                found["rounding"] = max(found["rounding"], _rounding_error(name, value, exact[name]))
+        return found
+    ((param, base),) = params.items()
+    ((name, value),) = written.items()
+    changes = item.changes.get(param, [])
+    for part in _row_samples(base, value, changes):
+        cut = changes if part is None else [c for change in changes if (c := change.rows(part)) is not None]
+        rows = (base, value) if part is None else (base[part], value[part])
+        exact_rows = merge(rows[0], cut, torch.float64)
+        found["rounding"] = max(found["rounding"], _rounding_error(name, rows[1], exact_rows))
     return found
+
+
+def _row_samples(base: torch.Tensor, value: torch.Tensor, changes: Sequence[Change]) -> list[slice | None]:
+    whole = base.numel() <= _WHOLE or base.shape != value.shape
+    if whole or any(change.rows(slice(0, 1)) is None for change in changes):
+        return [None]
+    count = base.shape[0]
+    step = max(1, _WHOLE // 4 * count // base.numel())
+    return [slice(start, min(start + step, count)) for start in (0, count // 2, max(0, count - step))]
+
+
+def _rounding_error(name: str, value: torch.Tensor, exact: torch.Tensor) -> float:
+    wanted = exact.double()
+    error = (value.double() - wanted).abs()
+    largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+    info = torch.finfo(value.dtype)
+    if bool((error > wanted.abs() * (info.eps / 2) + largest * _COMPUTE + info.tiny).any()):
+        raise ExportError(
+            f"{name!r} is off by {float(error.max()):.3g} from the merge recomputed in fp64 (largest value "
+            f"{largest:.3g}); merge again, and report it if it stays."
+        )
+    return float(error.max()) / largest if largest else 0.0
 
 
 def _nf4_error(name: str, value: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from fvlm_export.compute import Merger
-from fvlm_export.plan import Plan
+from fvlm_export.plan import Item, Plan
 from fvlm_export.resume import Journal
-from fvlm_export.safetensor_file import SafetensorWriter, WrittenFile, as_bytes
+from fvlm_export.safetensor_file import SafetensorFile, SafetensorWriter, WrittenFile, as_bytes
 
 
 def write_shards(
@@ -42,12 +44,29 @@ def write_shards(
 def _write(plan: Plan, number: int, merger: Merger, folder: Path, bar: tqdm) -> WrittenFile:
     shard = plan.shards[number]
     infos = [info for item in shard for info in item.outputs]
-    with SafetensorWriter(folder / plan.file_name(number), infos) as writer:
+    with SafetensorWriter(folder / plan.file_name(number), infos) as writer, ThreadPoolExecutor(1) as thread:
+        pending: Future[None] | None = None
         for item in shard:
-            values = merger.outputs(item)
-            for info in item.outputs:
-                writer.write(info.name, as_bytes(values[info.name]))
-            del values
-            merger.release(item)
-            bar.update(item.nbytes)
+            file = merger.copied_from(item)
+            values = {} if file is not None else merger.outputs(item)  # meanwhile the item before is being written
+            if pending is not None:
+                pending.result()
+            pending = thread.submit(_put, writer, item, file, values, merger, bar)
+        if pending is not None:
+            pending.result()
         return writer.finish()
+
+
+def _put(
+    writer: SafetensorWriter,
+    item: Item,
+    copied: SafetensorFile | None,
+    values: dict[str, torch.Tensor],
+    merger: Merger,
+    bar: tqdm,
+) -> None:
+    for info in item.outputs:
+        pieces = [as_bytes(values[info.name])] if copied is None else copied.pieces(info.name)
+        writer.write(info.name, pieces)
+    merger.release(item)
+    bar.update(item.nbytes)

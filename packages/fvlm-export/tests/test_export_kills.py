@@ -93,7 +93,7 @@ def test_sigkill_at_random_points(tools: Any, adapter: Path, tmp_path: Path) -> 
     good = {path.name: sha256_of(path) for path in out.iterdir()}
     old = read_report(out).files
     rng = random.Random(0)
-    for _ in range(int(os.environ.get("FVLM_KILLS", "12"))):
+    for _ in range(int(os.environ.get("FVLM_KILLS", "6"))):
         run_and_kill(arguments, rng.uniform(0.0, took))
         assert {path.name: sha256_of(path) for path in out.iterdir()} == good, "the old folder, or the same anew"
     assert run_and_kill(arguments, None) > 0

@@ -13,6 +13,7 @@ import torch
 from fvlm_export.build import Options
 from fvlm_export.hub import HubRepo
 from fvlm_export.plan import parse_size
+from fvlm_export.record import FILE, check_files, read_report
 from fvlm_export.save import Job, parse_dtype
 from fvlm_export.work_folder import LOCK, WorkFolder
 
@@ -40,8 +41,10 @@ def push_to_hub_merged(
 ) -> str:
     """Save a model as :func:`fvlm_export.save_pretrained_merged` does, and push the result to the Hub.
 
-    Weights of an earlier push that would be loaded instead of the new ones are removed in the same commit, and so is an
-    adapter's config, which would be applied on top of merged weights.
+    A folder that :func:`fvlm_export.save_pretrained_merged` made with the same method is sent as it is, after its
+    files' hashes have been compared with its record. Weights of an earlier push that would be loaded instead of the
+    new ones are removed in the same commit, and so is an adapter's config, which would be applied on top of merged
+    weights.
 
     Args:
         model_or_adapter_dir: see :func:`fvlm_export.save_pretrained_merged`, as for all that is not said here.
@@ -76,13 +79,29 @@ def push_to_hub_merged(
     options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress)
     repo = HubRepo(repo_id, token=token, revision=revision, create_pr=create_pr)
     repo.open(private)
+    message = commit_message or f"Upload model with fvlm-export ({save_method})"
+    if _is_finished(model_or_adapter_dir, options, processor=processor, base=base, adapters=adapters):
+        finished = Path(model_or_adapter_dir).expanduser()
+        check_files(finished)
+        return _send(repo, finished, message, save_method)
     parent = None if working_dir is None else Path(working_dir).expanduser()
     with tempfile.TemporaryDirectory(prefix="fvlm-push-", dir=parent) as staging:
         name = repo.repo_id.rsplit("/", 1)[-1]
         with WorkFolder(Path(staging) / name, overwrite=False) as work:
             job.run(work.path, name, options, repo.add if delete_uploaded else None)
-            for path in sorted(work.path.rglob("*")):
-                if path.is_file() and path.name != LOCK:
-                    repo.add(path, path.relative_to(work.path).as_posix())
-            message = commit_message or f"Upload model with fvlm-export ({save_method})"
-            return repo.commit(message, adapter=save_method == "lora")
+            return _send(repo, work.path, message, save_method)
+
+
+def _send(repo: HubRepo, folder: Path, message: str, save_method: str) -> str:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != LOCK:
+            repo.add(path, path.relative_to(folder).as_posix())
+    return repo.commit(message, adapter=save_method == "lora")
+
+
+def _is_finished(model: Any, options: Options, **asked: Any) -> bool:
+    """Whether a folder is already what would be made of it, by its own record; then it is sent as it is."""
+    if not isinstance(model, (str, os.PathLike)) or not (Path(model).expanduser() / FILE).is_file():
+        return False
+    same = read_report(Path(model).expanduser()).save_method == options.save_method
+    return same and options.dtype is None and all(value is None for value in asked.values())

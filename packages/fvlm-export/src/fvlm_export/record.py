@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fvlm_core.errors import CheckpointError
+from fvlm_core.errors import CheckpointError, ExportError
+from fvlm_export.safetensor_file import sha256_of
 
 FILE = "fvlm_export.json"
 
@@ -65,6 +66,18 @@ def read_report(folder: str | Path) -> MergeReport:
         return MergeReport(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); the folder was not written by fvlm_export.") from error
+
+
+def check_files(folder: Path) -> None:
+    """Compare a folder's weights with the hashes in its report.
+
+    Raises:
+        ExportError: one is missing or was changed since.
+    """
+    for name, digest in read_report(folder).files.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != digest:
+            raise ExportError(f"{path} is not what {FILE} beside it says was written; save the model again.")
 
 
 def versions() -> dict[str, str]:

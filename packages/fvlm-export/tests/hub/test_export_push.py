@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fvlm_core.errors import ConfigError, ExportError
-from fvlm_export import push_to_hub_merged, read_report
+from fvlm_export import push_to_hub_merged, read_report, save_pretrained_merged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHARD = r"/lfs/"
@@ -172,3 +172,16 @@ def test_shards_are_deleted_as_they_are_sent(hub: Any, model: Any, tools: Any, t
     assert held == [1] * len(whole)
     again = {n: c for n, c in hub.repos["me/model"].branches["main"].items() if n.endswith(".safetensors")}
     assert again == whole
+
+
+def test_a_finished_folder_is_sent_as_it_is(hub: Any, model: Any, tools: Any, tokens: Any, tmp_path: Path) -> None:
+    folder = save_pretrained_merged(model, tmp_path / "merged", tools.processor(tools.checkpoint()), progress=False)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    push_to_hub_merged(folder, "me/model", token=tokens["write"], progress=False)
+    sent = hub.repos["me/model"].branches["main"]
+    assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"xx")
+    with pytest.raises(ExportError, match=r"is not what fvlm_export\.json"):
+        push_to_hub_merged(folder, "me/model", token=tokens["write"], progress=False)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fvlm_core.errors import ExportError
 from fvlm_export.bases import CheckpointBase
+from fvlm_export.remote import RemoteShard, Shard
 
 if TYPE_CHECKING:
     from fvlm_export.live import LiveModel
@@ -77,14 +77,20 @@ def _share_equal(weight: Any, stored: torch.Tensor) -> float:
     return float((packed.reshape(-1) == held.reshape(-1)).float().mean())
 
 
-def fingerprint(files: Sequence[Path]) -> str:
+def fingerprint(shards: Sequence[Shard]) -> str | None:
     """Return a hash of a checkpoint that another set of weights would not have, without reading all of it.
 
     It covers every shard's size and its bytes at evenly spaced places, the header among them. Names of files and
     folders do not enter, so a copy has the same.
+
+    Returns:
+        The hash; None where a shard is on the Hub, whose revision says as much.
     """
     digest = hashlib.sha256()
-    for path in files:
+    for shard in shards:
+        if isinstance(shard, RemoteShard):
+            return None
+        path = shard.path
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with path.open("rb") as file:

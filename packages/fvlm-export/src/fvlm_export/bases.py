@@ -7,7 +7,6 @@ anything is computed; and the values, one slot at a time.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,7 +14,8 @@ import torch
 from fvlm_core.errors import CheckpointError, ExportError
 from fvlm_export import quantized
 from fvlm_export.layout import Layout, Slot
-from fvlm_export.safetensor_file import SafetensorFile, TensorInfo
+from fvlm_export.remote import Shard
+from fvlm_export.safetensor_file import TensorInfo
 from fvlm_export.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Base(Protocol):
     def stored(self, slot: Slot, device: torch.device) -> dict[str, torch.Tensor]:
         """Return a slot's stored tensors as they are, in floating point; those of a file keep their bytes."""
 
-    def file_of(self, name: str) -> SafetensorFile | None:
+    def file_of(self, name: str) -> Shard | None:
         """Return the file that holds a stored tensor's very bytes; None: there is none, or it is quantized there."""
 
     def release(self, slot: Slot) -> None:
@@ -46,7 +46,7 @@ class CheckpointBase:
     """A checkpoint's safetensors files, read tensor by tensor; quantized weights come back dequantized.
 
     Args:
-        files: its shards, in order.
+        shards: its files, in order.
         skeleton: of its model.
         conversions: see :meth:`Layout.of_checkpoint`.
         default_dtype: of int8 weights, which record none.
@@ -58,20 +58,19 @@ class CheckpointBase:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        shards: Sequence[Shard],
         skeleton: Skeleton,
         conversions: list[Any] | None,
         default_dtype: torch.dtype,
         resized: Container[str] = (),
     ) -> None:
-        self.files = list(files)
-        self._home: dict[str, SafetensorFile] = {}
-        for path in files:
-            file = SafetensorFile(path)
+        self.shards = list(shards)
+        self._home: dict[str, Shard] = {}
+        for file in shards:
             for name in file.infos:
                 if name in self._home:
                     raise CheckpointError(
-                        f"tensor {name!r} lies in both {self._home[name].path} and {path}; remove one."
+                        f"tensor {name!r} lies in both {self._home[name].path} and {file.path}; remove one."
                     )
                 self._home[name] = file
         self.quantized = quantized.companions(self._home)
@@ -117,7 +116,16 @@ class CheckpointBase:
         stored = {name: value.to(device) for name, value in self.stored(slot, device).items()}
         return self.layout.to_params(slot, stored)
 
-    def file_of(self, name: str) -> SafetensorFile | None:
+    def keep(self, slots: Iterable[Slot]) -> None:
+        """Say that only these slots will be needed from now on; shards from the Hub that hold no others are deleted."""
+        names = {name for slot in slots for name in slot.stored}
+        names |= {part for name in names for part in self.quantized.get(name, ())}
+        needed = {id(self._home[name]) for name in names}
+        for shard in self.shards:
+            if id(shard) not in needed:
+                shard.drop()
+
+    def file_of(self, name: str) -> Shard | None:
         """See :class:`Base`."""
         return None if name in self.quantized else self._home[name]
 
@@ -190,7 +198,7 @@ class LiveBase:
         """See :class:`Base`."""
         return self.layout.to_stored(slot, self.params(slot, device))
 
-    def file_of(self, name: str) -> SafetensorFile | None:
+    def file_of(self, name: str) -> Shard | None:
         """See :class:`Base`."""
         return None
 

@@ -78,7 +78,7 @@ def build(
     if task.live is not None and isinstance(task.base, CheckpointBase) and task.live.quantized:
         where = task.source.name if task.source else "the checkpoint"
         verified["base_weights_compared"] = check_live_base(task.base, task.live, where)
-    base_print = fingerprint(task.base.files) if isinstance(task.base, CheckpointBase) else None
+    base_print = fingerprint(task.base.shards) if isinstance(task.base, CheckpointBase) else None
     journal = Journal(folder, _key(task, plan, options, base_print))
     needed = max(sum(item.nbytes for item in shard) for shard in plan.shards) if sink is not None else plan.total
     check_space(folder, needed - sum(path.stat().st_size for path in folder.glob("*.safetensors")))
@@ -132,6 +132,8 @@ def _write_and_check(
             sink(path, file.name)
             path.unlink()
         files.append(file)
+        if isinstance(merger.base, CheckpointBase):
+            merger.base.keep(merger.source_of(item) for shard in plan.shards[number + 1 :] for item in shard)
     if verifier is not None:
         verified["weights"] = verifier.result()
     return files

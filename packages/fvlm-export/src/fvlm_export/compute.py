@@ -13,7 +13,7 @@ from fvlm_export.changes import merge_rounded
 from fvlm_export.layout import Slot
 from fvlm_export.plan import Item
 from fvlm_export.quantized import nf4_tensors
-from fvlm_export.safetensor_file import SafetensorFile
+from fvlm_export.remote import Shard
 
 
 class Scratch:
@@ -51,7 +51,7 @@ class Merger:
 
     def unmerged(self, item: Item) -> dict[str, torch.Tensor] | None:
         """Return an item's parameters before the adapters; None if its stored bytes can be kept as they are."""
-        slot = self._source(item)
+        slot = self.source_of(item)
         replaced = {p: self._live[p] for p in slot.params if p in self._live}
         if not item.changes and not replaced and item.copy_of is None:
             return None
@@ -95,7 +95,7 @@ class Merger:
             out = self._scratch.take(tuple(value.shape), dtype)
         return merge_rounded(value, item.changes[name], dtype, out)
 
-    def copied_from(self, item: Item) -> SafetensorFile | None:
+    def copied_from(self, item: Item) -> Shard | None:
         """Return the base's file whose bytes an item keeps; None: its values are computed, cast or quantized."""
         if len(item.values) != 1 or item.outputs != item.values or item.changes or item.copy_of is not None:
             return None
@@ -112,14 +112,15 @@ class Merger:
         ((name, value),) = values.items()
         return nf4_tensors(name, value.to(self.device))
 
-    def _source(self, item: Item) -> Slot:
+    def source_of(self, item: Item) -> Slot:
+        """Return the slot of the base that holds an item's unmerged value."""
         if item.copy_of is None:
             return item.slot
         return next(slot for slot in self.base.slots if item.copy_of in slot.params)
 
     def release(self, item: Item) -> None:
         """Say that an item is written."""
-        self.base.release(self._source(item))
+        self.base.release(self.source_of(item))
 
 
 def _same_values(stored: torch.Tensor, live: torch.Tensor) -> bool:

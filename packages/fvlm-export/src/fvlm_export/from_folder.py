@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fvlm_core.checkpoint import Source, find_source, read_config, weight_files
+from fvlm_core.checkpoint import Source, find_source, read_config
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
 from fvlm_export.adapter_folder import WEIGHTS, is_adapter, place_adapters, read_adapter_config
 from fvlm_export.adapters import base_changing, changes_of
@@ -17,6 +17,7 @@ from fvlm_export.base_check import fingerprint
 from fvlm_export.bases import CheckpointBase
 from fvlm_export.changes import Change
 from fvlm_export.record import FILE, read_report
+from fvlm_export.remote import Shard, open_shards
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.skeleton import skeleton_of
 from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype
@@ -31,6 +32,7 @@ def task_from_folder(
     adapters: Mapping[str, float] | None,
     token: str | bool | None,
     trust_remote_code: bool,
+    scratch: Path,
 ) -> Task:
     """Work out a merge from an adapter's folder, or an export of a model's folder.
 
@@ -40,6 +42,7 @@ def task_from_folder(
         adapters: see :func:`fvlm_export.save.save_pretrained_merged`.
         token: for a base on the Hub.
         trust_remote_code: whether the base may bring its own model class.
+        scratch: where shards of a base on the Hub are kept while they are needed.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -54,13 +57,13 @@ def task_from_folder(
     source = _base_of(folder, folders, base, token)
     raw = read_config(source, trust_remote_code)
     skeleton = skeleton_of(_load_config(source, trust_remote_code), trust=trust_remote_code)
-    files = weight_files(source)
-    checkpoint = CheckpointBase(files, skeleton, None, config_dtype(raw, torch.float16))
+    shards = open_shards(source, scratch)
+    checkpoint = CheckpointBase(shards, skeleton, None, config_dtype(raw, torch.float16))
     changes: dict[str, list[Change]] = {}
     facts: dict[str, dict[str, Any]] = {}
     if folders:
         for path in folders:
-            _check_adapter(path, files, source)
+            _check_adapter(path, shards, source)
         names = {f"adapter{number}": path for number, path in enumerate(folders)}
         placed = place_adapters(names, skeleton, checkpoint.layout)
         changes = placed.own_parameters()
@@ -105,7 +108,7 @@ def _base_of(
         raise CheckpointError(f"the base that {folder} names cannot be had ({error}); pass it as base=.") from None
 
 
-def _check_adapter(folder: Path, base_files: list[Path], source: Source) -> None:
+def _check_adapter(folder: Path, shards: Sequence[Shard], source: Source) -> None:
     init = read_adapter_config(folder).to_dict().get("init_lora_weights")
     if base_changing(init):
         raise ExportError(
@@ -114,7 +117,8 @@ def _check_adapter(folder: Path, base_files: list[Path], source: Source) -> None
         )
     if (folder / FILE).is_file():
         recorded = read_report(folder).base_fingerprint
-        if recorded is not None and recorded != fingerprint(base_files):
+        found = fingerprint(shards)
+        if recorded is not None and found is not None and recorded != found:
             raise ExportError(
                 f"{source.name!r} is not the base that the adapter in {folder} was trained on: the shapes fit, the "
                 f"weights differ; pass the right one as base=, or delete {FILE} there if this is meant."

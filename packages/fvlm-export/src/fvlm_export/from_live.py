@@ -24,6 +24,7 @@ from fvlm_export.adapters import adapters_to_merge, changes_base, changes_of
 from fvlm_export.bases import CheckpointBase, LiveBase
 from fvlm_export.layout import conversions_of
 from fvlm_export.live import LiveModel, look_at
+from fvlm_export.safetensor_file import SafetensorFile
 from fvlm_export.skeleton import plain_config, skeleton_of
 from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype
 
@@ -89,7 +90,11 @@ def task_from_model(
         and tensor.device.type != "meta"
     }
     checkpoint = CheckpointBase(
-        weight_files(source), skeleton, conversions_of(skeleton, live.base), config_dtype(config, default), values
+        [SafetensorFile(path) for path in weight_files(source)],
+        skeleton,
+        conversions_of(skeleton, live.base),
+        config_dtype(config, default),
+        values,
     )
     if _resized(checkpoint, values):
         config = _live_config(live)

@@ -51,13 +51,16 @@ def save_lora(model_or_adapter_dir: Any, folder: Path, title: str, processor: An
     if known is not None:
         beside.append(known)
     write_processor(folder, processor, beside)
+    base_print = None
+    if known is not None:
+        base_print = fingerprint([SafetensorFile(path) for path in weight_files(known)])
     report = MergeReport(
         save_method="lora",
         base=base,
         base_revision=config.revision,
         merged_onto="none",
         why="The adapter is saved as it is.",
-        base_fingerprint=fingerprint(weight_files(known)) if known is not None else None,
+        base_fingerprint=base_print,
         tensors=tensors,
         files={WEIGHTS: sha256_of(folder / WEIGHTS)},
         versions=versions(),

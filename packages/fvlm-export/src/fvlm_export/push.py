@@ -15,7 +15,7 @@ from fvlm_export.hub import HubRepo
 from fvlm_export.plan import parse_size
 from fvlm_export.record import FILE, check_files, read_report
 from fvlm_export.save import Job, parse_dtype
-from fvlm_export.work_folder import LOCK, WorkFolder
+from fvlm_export.work_folder import LOCK, SCRATCH, WorkFolder
 
 
 def push_to_hub_merged(
@@ -94,7 +94,7 @@ def push_to_hub_merged(
 
 def _send(repo: HubRepo, folder: Path, message: str, save_method: str) -> str:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != LOCK:
+        if path.is_file() and path.name != LOCK and SCRATCH not in path.parts:
             repo.add(path, path.relative_to(folder).as_posix())
     return repo.commit(message, adapter=save_method == "lora")
 

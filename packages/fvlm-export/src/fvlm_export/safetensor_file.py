@@ -62,6 +62,17 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(data)
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype that a header means.
+
+    Raises:
+        CheckpointError: torch has none.
+    """
+    if name not in _DTYPES:
+        raise CheckpointError(f"dtype {name!r} in a safetensors header is not known; update fvlm-export.")
+    return _DTYPES[name]
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -126,6 +137,9 @@ class SafetensorFile:
             return torch.frombuffer(bytearray(self._map[begin:end]), dtype=info.dtype).reshape(info.shape)
         count = (end - begin) // info.dtype.itemsize
         return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=begin).reshape(info.shape)
+
+    def drop(self) -> None:
+        """Nothing: the file is not ours to delete."""
 
     def release(self, name: str) -> None:
         """Give the pages that hold only this tensor back to the system (they are read again if touched again)."""

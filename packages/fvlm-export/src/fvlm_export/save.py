@@ -17,7 +17,7 @@ from fvlm_export.from_live import task_from_model
 from fvlm_export.lora import save_lora
 from fvlm_export.plan import parse_size
 from fvlm_export.task import Task
-from fvlm_export.work_folder import WorkFolder
+from fvlm_export.work_folder import SCRATCH, WorkFolder
 
 METHODS = ("merged_16bit", "merged_4bit", "lora")
 
@@ -112,12 +112,12 @@ class Job:
                 raise ConfigError("save_method='lora' saves the adapter in its own dtype; leave dtype= out.")
             save_lora(self._model, folder, title, self._processor)
         else:
-            build(self._task(), folder, title, self._processor, options, sink)
+            build(self._task(folder / SCRATCH), folder, title, self._processor, options, sink)
 
-    def _task(self) -> Task:
+    def _task(self, scratch: Path) -> Task:
         if isinstance(self._model, (str, os.PathLike)):
             path = Path(self._model).expanduser()
-            return task_from_folder(path, self._base, self._adapters, self._token, self._trust)
+            return task_from_folder(path, self._base, self._adapters, self._token, self._trust, scratch)
         return task_from_model(self._model, self._base, self._adapters, self._token)
 
 

@@ -18,6 +18,7 @@ from fvlm_export.changes import Change, merge
 from fvlm_export.compute import Merger, all_finite
 from fvlm_export.plan import Item, Plan
 from fvlm_export.quantized import dequantize
+from fvlm_export.remote import Shard
 from fvlm_export.safetensor_file import SafetensorFile
 
 SAMPLE = 16  # merged tensors recomputed in fp64, spread evenly; every kind of change is among them
@@ -117,7 +118,7 @@ def _written(item: Item, file: SafetensorFile, device: torch.device) -> dict[str
     return {packed.name: value}
 
 
-def _check_copied(name: str, source: SafetensorFile, file: SafetensorFile) -> None:
+def _check_copied(name: str, source: Shard, file: SafetensorFile) -> None:
     for ours, theirs in zip(file.pieces(name), source.pieces(name), strict=True):
         if not torch.equal(torch.frombuffer(ours, dtype=torch.uint8), torch.frombuffer(theirs, dtype=torch.uint8)):
             raise ExportError(f"{name!r} differs from the base though no adapter touches it; merge again.")

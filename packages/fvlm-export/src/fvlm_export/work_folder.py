@@ -19,7 +19,7 @@ from typing import TextIO
 
 from fvlm_core.errors import ConfigError, ExportError
 
-LOCK = ".lock"
+LOCK, SCRATCH = ".lock", ".base"  # neither is part of the result
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
@@ -67,6 +67,7 @@ class WorkFolder:
 
     def publish(self) -> None:
         """Make the finished folder the output, in one step."""
+        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         (self.path / LOCK).unlink()
         if not self.output.exists():
             os.rename(self.path, self.output)

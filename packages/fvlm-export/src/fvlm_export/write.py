@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from fvlm_export.compute import Merger
 from fvlm_export.plan import Item, Plan
+from fvlm_export.remote import Shard
 from fvlm_export.resume import Journal
-from fvlm_export.safetensor_file import SafetensorFile, SafetensorWriter, WrittenFile, as_bytes
+from fvlm_export.safetensor_file import SafetensorWriter, WrittenFile, as_bytes
 
 
 def write_shards(
@@ -60,7 +61,7 @@ def _write(plan: Plan, number: int, merger: Merger, folder: Path, bar: tqdm) -> 
 def _put(
     writer: SafetensorWriter,
     item: Item,
-    copied: SafetensorFile | None,
+    copied: Shard | None,
     values: dict[str, torch.Tensor],
     merger: Merger,
     bar: tqdm,

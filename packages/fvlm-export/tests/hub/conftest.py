@@ -53,6 +53,9 @@ class Hub:
         self.lock = threading.Lock()
         self.on_put: Callable[[], None] = lambda: None
 
+    def add(self, name: str, files: dict[str, bytes]) -> None:
+        self.repos[name] = Repo(branches={"main": files})
+
     def fail(self, method: str, path: str, what: int | str, times: int = 1, **headers: str) -> None:
         self.faults.append(Fault(method, path, what, times, headers))
 
@@ -90,19 +93,16 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.what == "cut":
             self.rfile.read(length // 2)
             self.close_connection = True
-            self.connection.close()
-            return
+            return self.connection.close()
         body = self.chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         if fault is not None:
-            self.answer(int(fault.what), {"error": "asked for"}, fault.headers)
-            return
+            return self.answer(int(fault.what), {"error": "asked for"}, fault.headers)
         for method, pattern, action in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method == self.command:
                 with self.hub.lock:
-                    action(self, body, *match.groups())
-                return
-        self.answer(404, {"error": "no such route"})
+                    return action(self, body, *match.groups())
+        return self.answer(404, {"error": "no such route"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -152,13 +152,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         if self.may_write(name):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {True: "lfs", False: "regular"}
             files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(body)["files"]
+                {"path": name, "uploadMode": modes[name.endswith(".safetensors")], "shouldIgnore": False}
+                for name in names
             ]
             self.answer(200, {"files": files})
 
@@ -241,10 +239,15 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         files = self.files(name, revision)
         if files is None:
-            return
-        content = files[path]
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
-        self.answer(200, content, headers)
+            return None
+        if path not in files:
+            return self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+        content, status = files[path], 200
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked:
+            content, status = content[int(asked[1]) : int(asked[2] or len(content)) + 1], 206
+        headers = {"ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"', "X-Repo-Commit": "0" * 40}
+        return self.answer(status, content, headers)
 
     def valid(self, body: bytes) -> None:
         text = json.loads(body)["content"]

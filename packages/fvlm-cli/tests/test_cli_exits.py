@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from fvlm_cli.exits import Exit, judge
+from fvlm_cli.output import Output
 from fvlm_core.errors import CheckpointError, ConfigError, DataError, ExportError, MissingExtraError
 
 
@@ -61,3 +62,21 @@ def test_hub_errors_are_remote() -> None:
     hidden.__context__ = LocalTokenNotFoundError("log in")  # as `raise … from None` leaves it
     verdict = judge(hidden)
     assert verdict == (Exit.REMOTE, "not to be had.")
+
+
+def test_ctrl_c_in_any_verb_ends_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    from fvlm_cli.verb import verb
+
+    def wait(*, out: Output) -> None:
+        out.note("waiting")
+        raise KeyboardInterrupt
+
+    app = typer.Typer()
+    app.command()(verb(wait))
+    done = CliRunner().invoke(app, ["--json"])
+    assert done.exit_code == Exit.INTERRUPTED
+    assert done.stdout == '{"error": "stopped by Ctrl-C.", "exit_code": 130}\n'
+    assert "Traceback" not in done.stderr

@@ -42,6 +42,9 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             function(**given, out=out)
         except HANDLED as error:
             raise typer.Exit(_report(error, out)) from None
+        except KeyboardInterrupt:
+            out.error(Exit.INTERRUPTED, "stopped by Ctrl-C.")
+            raise typer.Exit(Exit.INTERRUPTED) from None
 
     del command.__wrapped__  # typer would read the inner signature
     command.__signature__ = signature.replace(parameters=[*own, *common])  # type: ignore[attr-defined]

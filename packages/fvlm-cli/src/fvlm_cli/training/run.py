@@ -83,7 +83,10 @@ def _checkpoint(folder: RunFolder, out: Output) -> Path:
     for path in torn:
         out.note(f"{path} was not written to its end and is passed over")
     if checkpoint is None:
-        raise ConfigError(f"{folder.root} holds no complete checkpoint to resume from; leave --resume out.")
+        raise ConfigError(
+            f"{folder.root} holds no complete checkpoint to resume from; leave --resume out, with save.overwrite=true "
+            "where an earlier run was stopped before its first checkpoint."
+        )
     out.note(f"going on from {checkpoint}")
     return checkpoint
 

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fvlm_core.arch import facts_for, media_token_ids, task_model
+from fvlm_core.arch.packing import packing_of
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
 from fvlm_vision.labels import make_labels, response_marks
 from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
 from fvlm_vision.media_tokens import media_text_pattern
+from fvlm_vision.packing import packed
+from fvlm_vision.reading import Item, SampleReader, placed
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
 from fvlm_vision.resize import patch_grid, resize_policy
-from fvlm_vision.rows import NumberedSample
-from fvlm_vision.samples import Conversation, FormattingFunc, read_sample
+from fvlm_vision.samples import FormattingFunc
 from fvlm_vision.truncation import OVERFLOWS, Overflow, OverflowCounts, cut_rows, kept_length
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
-    from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
     from fvlm_vision.encoding import Encoded
@@ -52,6 +52,7 @@ class FastVisionDataCollator:
             exact; "min" bounds the longer side by the model's own image size. In pixels.
         ignore_index: the label of what is not learned.
         pad_to_multiple_of: pad the batch to a multiple of this many tokens.
+        packing: put the batch into one row without padding; no sample sees another.
         overflow: what happens to a sample over `max_seq_length`: "truncate" cuts trailing text and leaves the sample
             out when its media do not fit, "skip" leaves it out, "error" raises.
         min_pixels, max_pixels: bounds on an image's width × height; None leaves it.
@@ -81,6 +82,7 @@ class FastVisionDataCollator:
         resize: Resize | None = None,
         ignore_index: int = -100,
         pad_to_multiple_of: int | None = None,
+        packing: bool = False,
         overflow: Overflow = "truncate",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -98,7 +100,6 @@ class FastVisionDataCollator:
             raise ConfigError("instruction_part and response_part do nothing without train_on_responses_only=True.")
         self.processor: Any = processor  # Any: what each family declares is not in the base class
         self.max_seq_length = positive("max_seq_length", max_seq_length) or getattr(model, "max_seq_length", None)
-        self.formatting_func = formatting_func
         self.ignore_index = ignore_index
         self.pad_to_multiple_of = positive("pad_to_multiple_of", pad_to_multiple_of)
         self.overflow = overflow
@@ -106,21 +107,26 @@ class FastVisionDataCollator:
         facts = facts_for(model)
         self.media_ids = media_token_ids(facts, model.config, processor).all
         self.keeps_empty_batches = False  # set by FastVisionTrainer, which can go on after a batch of skipped samples
-        self._reader = ImageReader(
-            positive("max_image_pixels", max_image_pixels) or MAX_IMAGE_PIXELS, allow_urls, url_limits
-        )
+        images = ImageReader(positive("max_image_pixels", max_image_pixels) or MAX_IMAGE_PIXELS, allow_urls, url_limits)
         vision = model.config.to_dict().get("vision_config") or {}
-        self._resize = resize_policy(
+        policy = resize_policy(
             resize,
             min_pixels,
             max_pixels,
             grid=patch_grid(processor.image_processor),
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
+        self._packing = packing_of(task_model(model)) if packing else None
         self._plan = None if facts.planner is None else facts.planner(task_model(model))
-        self._renderer = Renderer(processor, train_on_responses_only, marks)
+        self._reader = SampleReader(
+            processor,
+            Renderer(processor, train_on_responses_only, marks),
+            images,
+            policy,
+            formatting_func,
+            media_text_pattern(processor, self.media_ids),
+        )
         self._encoder = Encoder(processor, self.pad_to_multiple_of)
-        self._media_text = media_text_pattern(processor, self.media_ids)
         # A processor that returns labels of its own tells by token types which tokens see what follows them
         # (PaliGemma's prefix): what is learned must not.
         self._has_prefix = {"token_type_ids", "labels"} <= set(processor.model_input_names)
@@ -135,14 +141,14 @@ class FastVisionDataCollator:
             `input_ids`, `attention_mask` and `labels`, shape (batch, tokens), int64, padded on the right; with images
             also the family's pixel tensors, and what its model would otherwise derive from them sample by sample on
             the device (`fvlm_core.batch_plan`). Samples that `overflow` leaves out are missing, so the batch may be
-            smaller.
+            smaller. With `packing`, shape (1, tokens), and `position_ids` for the mask (`fvlm_vision.packing`).
 
         Raises:
             DataError: a sample cannot be used; it names the row where the sample carries it (`NumberedSample`).
         """
         if not samples:
             raise DataError("a batch holds no samples.")
-        items = [self._item(sample, place) for place, sample in enumerate(samples)]
+        items = [self._reader.read(sample, place) for place, sample in enumerate(samples)]
         return self._batch(items)
 
     def render(self, sample: Any) -> Rendered:
@@ -151,12 +157,12 @@ class FastVisionDataCollator:
         Raises:
             DataError: the sample cannot be used, or nothing of it would be trained.
         """
-        return self._read(sample)[1]
+        return self._reader.text(sample)[1]
 
     def on_responses_only(self, marks: ResponseMarks | None) -> FastVisionDataCollator:
         """Return a copy of this collator that learns only what the assistant says."""
         other = copy.copy(self)
-        other._renderer = Renderer(self.processor, True, marks)
+        other._reader = self._reader.on_responses_only(marks)
         return other
 
     def keeping_empty_batches(self) -> FastVisionDataCollator:
@@ -165,36 +171,7 @@ class FastVisionDataCollator:
         other.keeps_empty_batches = True
         return other
 
-    def _item(self, sample: Any, place: int) -> _Item:
-        row = sample.row if isinstance(sample, NumberedSample) else None
-        where = f"row {row}" if row is not None else f"sample {place} of the batch"
-        try:
-            conversation, rendered = self._read(sample)
-            images = [self._resize.apply(self._reader.read(source)) for source in conversation.images]
-        except DataError as error:
-            raise _placed(error, row, where) from error
-        return _Item(rendered, images, row, where)
-
-    def _read(self, sample: Any) -> tuple[Conversation, Rendered]:
-        conversation = read_sample(sample, self.formatting_func)
-        if self._media_text is not None:
-            for text in conversation.texts():
-                found = self._media_text.search(text)
-                if found:
-                    raise DataError(
-                        f"a text holds {found.group()!r}, which stands for an image; remove it, or put "
-                        '{"type": "image"} where the image belongs.'
-                    )
-        rendered = self._renderer.render(conversation)
-        placeholders = rendered.text.count(self.processor.image_token)
-        if placeholders != len(conversation.images):
-            raise DataError(
-                f"the chat template writes {placeholders} image placeholders for {len(conversation.images)} images; "
-                "give its messages the content that it reads."
-            )
-        return conversation, rendered
-
-    def _batch(self, items: list[_Item]) -> dict[str, Any]:
+    def _batch(self, items: list[Item]) -> dict[str, Any]:
         encoded = self._encode(items)
         ids, mask = encoded.batch["input_ids"], encoded.batch["attention_mask"]
         labels = make_labels(ids, mask, self.media_ids, encoded.trained, self.ignore_index)
@@ -206,21 +183,29 @@ class FastVisionDataCollator:
         lengths = [length for length in kept if length is not None]
         if lengths != mask.sum(dim=1).tolist():
             columns = (*encoded.per_token, "labels")
-            fill = {
-                "input_ids": self.processor.tokenizer.pad_token_id,
-                "attention_mask": 0,
-                "labels": self.ignore_index,
-            }
-            cut_rows(batch, lengths, fill, columns, self.pad_to_multiple_of or 1)
+            cut_rows(batch, lengths, self._fill(), columns, self.pad_to_multiple_of or 1)
             for item, length, before in zip(items, lengths, mask.sum(dim=1).tolist(), strict=True):
                 if length < before:
                     self.overflow_counts.note_truncated(item.where, length)
         if self._has_prefix:
             learned = batch["labels"] != self.ignore_index
             batch["token_type_ids"] = (learned.cumsum(dim=1) > 0).to(batch["token_type_ids"].dtype)
-        return batch if self._plan is None else {**batch, **self._plan(batch)}
+        return self._finish(batch, encoded.per_token)
 
-    def _encode(self, items: list[_Item]) -> Encoded:
+    def _finish(self, batch: dict[str, Any], per_token: Collection[str]) -> dict[str, Any]:
+        """Return the batch with what is worked out ahead for the device, and packed where that is asked for."""
+        if self._plan is not None:
+            batch = {**batch, **self._plan(batch)}
+        if self._packing is None:
+            return batch
+        return packed(batch, self._packing, per_token, self._fill(), self.ignore_index, self.pad_to_multiple_of or 1)
+
+    def _fill(self) -> dict[str, int]:
+        """Return what stands in the columns where padding is."""
+        token = self.processor.tokenizer.pad_token_id
+        return {"input_ids": token, "attention_mask": 0, "labels": self.ignore_index}
+
+    def _encode(self, items: list[Item]) -> Encoded:
         try:
             return self._encoder.encode([item.rendered for item in items], [item.images for item in items])
         except DataError as error:
@@ -228,11 +213,11 @@ class FastVisionDataCollator:
                 try:
                     self._encoder.encode([item.rendered], [item.images])
                 except DataError as own:
-                    raise _placed(own, item.row, item.where) from own.__cause__
+                    raise placed(own, item.row, item.where) from own.__cause__
             raise error
 
     def _lengths(
-        self, items: list[_Item], ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+        self, items: list[Item], ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
     ) -> list[int | None]:
         media = torch.isin(ids, torch.tensor(sorted(self.media_ids), dtype=ids.dtype))
         lengths: list[int | None] = []
@@ -246,13 +231,13 @@ class FastVisionDataCollator:
                     raise DataError("a sample holds no token to learn; give its assistant turns text, or drop it.")
                 kept = kept_length(length, media[number], learned, self.max_seq_length, self.overflow)
             except DataError as error:
-                raise _placed(error, item.row, item.where) from error
+                raise placed(error, item.row, item.where) from error
             if kept is None:
                 self.overflow_counts.note_skipped(item.where, int(self.max_seq_length or 0))
             lengths.append(kept)
         return lengths
 
-    def _empty_batch(self) -> dict[str, torch.Tensor]:
+    def _empty_batch(self) -> dict[str, Any]:
         if not self.keeps_empty_batches:
             raise DataError(
                 f"every sample of a batch is over max_seq_length={self.max_seq_length} and left out; raise "
@@ -264,21 +249,4 @@ class FastVisionDataCollator:
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         types = {"token_type_ids", "mm_token_type_ids"} & set(self.processor.model_input_names)
         batch |= {name: torch.zeros_like(ids) for name in types}
-        return {**batch, "labels": torch.full_like(ids, self.ignore_index)}
-
-
-@dataclass
-class _Item:
-    """One sample on its way into a batch."""
-
-    rendered: Rendered
-    images: list[Image.Image]
-    row: int | None
-    where: str
-
-
-def _placed(error: DataError, row: int | None, where: str) -> DataError:
-    """Return the error with the row number, or with the place in the batch for a sample that carries none."""
-    if error.row is not None:
-        return error
-    return error.at(row) if row is not None else DataError(f"{where}: {error.reason}")
+        return self._finish({**batch, "labels": torch.full_like(ids, self.ignore_index)}, tuple(batch))

@@ -184,6 +184,7 @@ def _collator(
 ) -> Any:
     if collator is None:
         responses_only, args.assistant_only_loss = args.assistant_only_loss, False
+        packing, args.padding_free = args.padding_free, False  # trl refuses it beside a collator
         multiple = args.pad_to_multiple_of
         collator = FastVisionDataCollator(
             model,
@@ -192,12 +193,15 @@ def _collator(
             train_on_responses_only=responses_only,
             formatting_func=formatting_func,
             pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
+            packing=packing,
         )
     else:
         if args.assistant_only_loss:
             raise ConfigError(
                 "assistant_only_loss=True needs the trainer's own collator; give train_on_responses_only=True to yours."
             )
+        if args.padding_free:
+            raise ConfigError("padding_free=True needs the trainer's own collator; give packing=True to yours.")
         if formatting_func is not None:
             raise ConfigError("formatting_func is given beside a data_collator; give it to the collator.")
     if not isinstance(collator, FastVisionDataCollator):

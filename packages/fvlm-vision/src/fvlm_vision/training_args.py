@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNUSABLE = (
-    ("packing", False, "samples with images are padded, not packed"),
-    ("padding_free", False, "samples with images are padded"),
-    ("eval_packing", (None, False), "samples with images are padded, not packed"),
+    ("packing", False, "samples with images are not regrouped; padding_free=True puts each batch into one row"),
+    ("eval_packing", (None, False), "samples with images are not regrouped"),
     ("loss_type", "nll", "the loss is the model's own"),
     ("use_liger_kernel", False, "it would replace the model's forward"),
     ("label_smoothing_factor", 0.0, "the loss is the model's own"),

@@ -1,0 +1,123 @@
+"""One sample of a dataset, read as far as it can be without its neighbours: text, trained spans, opened media."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fvlm_core.errors import DataError
+from fvlm_vision.render import Rendered, Renderer, ResponseMarks
+from fvlm_vision.rows import NumberedSample
+from fvlm_vision.samples import Conversation, FormattingFunc, read_sample
+
+if TYPE_CHECKING:
+    import re
+
+    from PIL import Image
+    from transformers import ProcessorMixin
+
+    from fvlm_vision.media import ImageReader
+    from fvlm_vision.resize import ResizePolicy
+
+
+@dataclass
+class Item:
+    """One sample on its way into a batch.
+
+    Args:
+        rendered: its text and trained spans.
+        images: its images at the size that was asked for, in the order of their placeholders.
+        row: its row in the dataset, where it carries one.
+        where: what messages call it.
+    """
+
+    rendered: Rendered
+    images: list[Image.Image]
+    row: int | None
+    where: str
+
+
+class SampleReader:
+    """Reads samples with one set of rules. Picklable.
+
+    Args:
+        processor: its chat template and placeholders are used.
+        renderer: turns conversations into text.
+        images: opens images.
+        resize: gives them their size.
+        formatting_func: turns a row into one of the accepted shapes.
+        media_text: matches what no author's text may hold.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        renderer: Renderer,
+        images: ImageReader,
+        resize: ResizePolicy,
+        formatting_func: FormattingFunc | None,
+        media_text: re.Pattern[str] | None,
+    ) -> None:
+        self.processor: Any = processor  # Any: what each family declares is not in the base class
+        self.renderer = renderer
+        self.images = images
+        self.resize = resize
+        self.formatting_func = formatting_func
+        self.media_text = media_text
+
+    def read(self, sample: Any, place: int) -> Item:
+        """Return the sample with its images opened.
+
+        Args:
+            sample: in one of the shapes that `fvlm_vision.samples` names.
+            place: its number in the batch, for messages about a sample that carries no row.
+
+        Raises:
+            DataError: the sample or one of its images cannot be used.
+        """
+        row = sample.row if isinstance(sample, NumberedSample) else None
+        where = f"row {row}" if row is not None else f"sample {place} of the batch"
+        try:
+            conversation, rendered = self.text(sample)
+            images = [self.resize.apply(self.images.read(source)) for source in conversation.images]
+        except DataError as error:
+            raise placed(error, row, where) from error
+        return Item(rendered, images, row, where)
+
+    def text(self, sample: Any) -> tuple[Conversation, Rendered]:
+        """Return a sample's conversation and its text, without opening its media.
+
+        Raises:
+            DataError: the sample cannot be used, or nothing of it would be trained.
+        """
+        conversation = read_sample(sample, self.formatting_func)
+        if self.media_text is not None:
+            for text in conversation.texts():
+                found = self.media_text.search(text)
+                if found:
+                    raise DataError(
+                        f"a text holds {found.group()!r}, which stands for an image; remove it, or put "
+                        '{"type": "image"} where the image belongs.'
+                    )
+        rendered = self.renderer.render(conversation)
+        placeholders = rendered.text.count(self.processor.image_token)
+        if placeholders != len(conversation.images):
+            raise DataError(
+                f"the chat template writes {placeholders} image placeholders for {len(conversation.images)} images; "
+                "give its messages the content that it reads."
+            )
+        return conversation, rendered
+
+    def on_responses_only(self, marks: ResponseMarks | None) -> SampleReader:
+        """Return a copy of this reader whose spans are what the assistant says."""
+        other = copy.copy(self)
+        other.renderer = Renderer(self.processor, True, marks)
+        return other
+
+
+def placed(error: DataError, row: int | None, where: str) -> DataError:
+    """Return the error with the row number, or with the place in the batch for a sample that carries none."""
+    if error.row is not None:
+        return error
+    return error.at(row) if row is not None else DataError(f"{where}: {error.reason}")

@@ -12,7 +12,7 @@ from fvlm_core.arch.packing import packing_of
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
-from fvlm_vision.labels import make_labels, response_marks
+from fvlm_vision.labels import label_rows, make_labels, response_marks
 from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
 from fvlm_vision.media_tokens import media_text_pattern
 from fvlm_vision.packing import packed
@@ -53,6 +53,7 @@ class FastVisionDataCollator:
         ignore_index: the label of what is not learned.
         pad_to_multiple_of: pad the batch to a multiple of this many tokens.
         packing: put the batch into one row without padding; no sample sees another.
+        plan_loss: add `label_rows`, which only a model whose loss takes it can be given.
         overflow: what happens to a sample over `max_seq_length`: "truncate" cuts trailing text and leaves the sample
             out when its media do not fit, "skip" leaves it out, "error" raises.
         min_pixels, max_pixels: bounds on an image's width × height; None leaves it.
@@ -83,6 +84,7 @@ class FastVisionDataCollator:
         ignore_index: int = -100,
         pad_to_multiple_of: int | None = None,
         packing: bool = False,
+        plan_loss: bool = False,
         overflow: Overflow = "truncate",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -116,6 +118,7 @@ class FastVisionDataCollator:
             grid=patch_grid(processor.image_processor),
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
+        self.plan_loss = plan_loss
         self._packing = packing_of(task_model(model)) if packing else None
         self._plan = None if facts.planner is None else facts.planner(task_model(model))
         self._reader = SampleReader(
@@ -142,6 +145,7 @@ class FastVisionDataCollator:
             also the family's pixel tensors, and what its model would otherwise derive from them sample by sample on
             the device (`fvlm_core.batch_plan`). Samples that `overflow` leaves out are missing, so the batch may be
             smaller. With `packing`, shape (1, tokens), and `position_ids` for the mask (`fvlm_vision.packing`).
+            With `plan_loss` also `label_rows` (`fvlm_vision.labels.label_rows`).
 
         Raises:
             DataError: a sample cannot be used; it names the row where the sample carries it (`NumberedSample`).
@@ -196,9 +200,12 @@ class FastVisionDataCollator:
         """Return the batch with what is worked out ahead for the device, and packed where that is asked for."""
         if self._plan is not None:
             batch = {**batch, **self._plan(batch)}
-        if self._packing is None:
-            return batch
-        return packed(batch, self._packing, per_token, self._fill(), self.ignore_index, self.pad_to_multiple_of or 1)
+        if self._packing is not None:
+            multiple = self.pad_to_multiple_of or 1
+            batch = packed(batch, self._packing, per_token, self._fill(), self.ignore_index, multiple)
+        if self.plan_loss:
+            batch["label_rows"] = label_rows(batch["labels"], self.ignore_index)
+        return batch
 
     def _fill(self) -> dict[str, int]:
         """Return what stands in the columns where padding is."""

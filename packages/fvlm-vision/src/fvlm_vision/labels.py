@@ -48,6 +48,26 @@ def make_labels(
     return torch.where(learned, input_ids, ignore_index)
 
 
+def label_rows(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Return which hidden states a loss needs: those whose next token is learned.
+
+    A loss over these rows alone makes no logits for the rest (prompts, media, padding). Finding them on the device
+    would hold the host up, since their number is the size of what comes after; here they are found before the batch
+    goes there.
+
+    Args:
+        labels: shape (batch, tokens), int64, not shifted, as `make_labels` returns them.
+        ignore_index: what stands where nothing is learned.
+
+    Returns:
+        Shape (kept,), int64, ascending: indices into the batch × tokens rows of the flattened hidden states. Row `i`
+        predicts `labels.flatten()[i + 1]`.
+    """
+    learned = torch.zeros_like(labels, dtype=torch.bool)
+    learned[:, :-1] = labels[:, 1:] != ignore_index
+    return learned.flatten().nonzero()[:, 0]
+
+
 def response_marks(instruction_part: str | None, response_part: str | None) -> ResponseMarks | None:
     """Return the marks that the two arguments name, or None when neither is given.
 

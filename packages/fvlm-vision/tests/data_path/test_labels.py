@@ -5,7 +5,7 @@ import torch
 
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.collator import FastVisionDataCollator
-from fvlm_vision.labels import make_labels
+from fvlm_vision.labels import label_rows, make_labels
 from fvlm_vision.render import ResponseMarks, response_spans
 from fvlm_vision.spans import complement, insertion, intersect, move, tokens_in
 
@@ -135,3 +135,26 @@ def test_a_base_model_without_template_learns_completion_and_end(parts, picture)
     assert learned(collator, sample) == "12<|im_end|>"
     with pytest.raises(DataError, match="no chat template"):
         collator([turns("q", "a")])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loss_over_the_planned_rows_is_the_models_own(parts, ask, packing):
+    model, processor = parts
+    options = {"train_on_responses_only": True, "packing": packing}
+    samples = [ask(answer="total 5"), ask(images=0, answer="one two three four", seed=1)]
+    batch = FastVisionDataCollator(model, processor, plan_loss=True, **options)(samples)
+    rows = batch.pop("label_rows")
+    assert rows.dtype == torch.int64
+    plain = FastVisionDataCollator(model, processor, **options)(samples)
+    assert set(batch) == set(plain)
+    with torch.no_grad():
+        outputs = model(**batch)
+    kept, targets = outputs.logits.flatten(0, 1)[rows], batch["labels"].flatten()[rows + 1]
+    assert len(rows) == int((batch["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(kept, targets), outputs.loss, rtol=1e-6, atol=0)
+
+
+def test_planned_rows_stay_within_their_sample():
+    labels = torch.tensor([[5, -100, 7], [8, 9, -100], [-100, -100, -100]])
+    assert label_rows(labels, -100).tolist() == [1, 3]
+    assert label_rows(labels[2:], -100).shape == (0,)

@@ -1,8 +1,10 @@
-"""What all the workspace's test runs share: where the tests marked `gpu` run."""
+"""What all the workspace's test runs share: where the tests marked `gpu` run, and a stock that does not depend on the CPU."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -28,3 +30,20 @@ def _gpu_is_there(request: pytest.FixtureRequest) -> None:
 
         if not torch.cuda.is_available():
             pytest.fail("FVLM_GPU=1 says that this machine has a CUDA device, but torch finds none")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_stock_on_every_cpu() -> Iterator[None]:
+    """Keep bitsandbytes from packing NF4 weights for AVX512-BF16, which makes stock models compute in bfloat16.
+
+    What stock computes would otherwise depend on the CPU that the tests run on. FVLM's own models never do it
+    (`fvlm_core.quantized.keep_stored_layout`, tested with this undone).
+    """
+    if find_spec("bitsandbytes") is None:
+        yield
+        return
+    import bitsandbytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+        yield

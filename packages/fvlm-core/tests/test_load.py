@@ -192,6 +192,24 @@ def old_name(name):
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
+def test_a_model_in_evaluation_stays_trainable(tiny, batch, monkeypatch):
+    """bitsandbytes would pack the weights anew on a CPU with AVX512-BF16, and pass no gradient on from then on."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", bnb.functional.has_avx512bf16)  # conftest.py turns it off
+    model = load_model(str(tiny("qwen2_vl")), precision=Precision.NF4)
+    inputs = batch(model.config)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    gradients = []
+    for _ in range(2):
+        model(**inputs).logits.float().square().sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+        model.get_input_embeddings().weight.grad = None
+        with torch.no_grad():
+            model.eval()(**inputs)
+        model.train()
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize(
     "skip_modules",
     [["lm_head", "visual.merger"], ["lm_head", "merger", "multi_modal_projector"], ["lm_head"], None],

@@ -16,6 +16,7 @@ from fvlm_core.quantized import (
     adopt_stored_quantization,
     build_skeleton,
     cast_unquantized,
+    keep_stored_layout,
     quantization,
     settle_precision,
     stored_precision,
@@ -95,6 +96,8 @@ def load_model(
     )
     if stored is not None:
         cast_unquantized(model, chosen_dtype)
+    if settled is Precision.NF4:
+        keep_stored_layout(model)
     model.requires_grad_(settled is Precision.FULL)
     if "attn_implementation" not in options:
         _attend_packed(model)

@@ -136,6 +136,20 @@ def cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def keep_stored_layout(model: PreTrainedModel) -> None:
+    """Let NF4 weights on the CPU stay in the layout that they are stored in.
+
+    On a CPU with AVX512-BF16, bitsandbytes rearranges a weight for good at its first forward pass in evaluation mode.
+    From then on the layer computes in bfloat16 and passes no gradient on, so that a model that was asked something
+    before its training could not be trained.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of ``config`` without memory for its weights."""
     import torch

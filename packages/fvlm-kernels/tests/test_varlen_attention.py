@@ -50,7 +50,8 @@ def test_policy(lengths, causal, impl, dtype, device):
 
 
 def test_scale(device):
-    tensors = inputs_of([3, 4], torch.float32, device, heads=2, kv_heads=2)
+    # Enough elements that the largest error of each side says something about its rounding, and not about chance.
+    tensors = inputs_of([30, 41], torch.float32, device, heads=2, kv_heads=2)
     check_against_reference(partial(varlen_attention, scale=0.5), partial(masked, scale=0.5), tensors, ["q", "k", "v"])
 
 

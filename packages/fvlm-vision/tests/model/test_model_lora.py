@@ -165,7 +165,7 @@ def test_loftq_starts_from_quantized_weights(folder):
     pytest.importorskip("scipy", reason="PEFT's LoftQ needs it")
     model, _ = FastVisionModel.from_pretrained(folder, load_in_16bit=True, dtype=torch.float32)
     before = model.model.language_model.layers[0].self_attn.q_proj.weight.detach().clone()
-    model = FastVisionModel.get_peft_model(model, loftq_config={"loftq_bits": 4, "loftq_iter": 1}, r=4)
+    model = FastVisionModel.get_peft_model(model, loftq_config={"loftq_bits": 4, "loftq_iter": 1}, r=4, lora_alpha=4)
     layer = model.base_model.model.model.language_model.layers[0].self_attn.q_proj
     left = (layer.weight - before).norm()
     fitted = layer.weight + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight

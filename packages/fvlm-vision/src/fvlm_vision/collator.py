@@ -18,7 +18,7 @@ from fvlm_vision.media_tokens import media_text_pattern
 from fvlm_vision.packing import packed
 from fvlm_vision.reading import Item, SampleReader, placed
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
-from fvlm_vision.resize import patch_grid, resize_policy
+from fvlm_vision.resize import resize_policy
 from fvlm_vision.samples import FormattingFunc
 from fvlm_vision.truncation import OVERFLOWS, Overflow, OverflowCounts, cut_rows, kept_length
 
@@ -115,7 +115,7 @@ class FastVisionDataCollator:
             resize,
             min_pixels,
             max_pixels,
-            grid=patch_grid(processor.image_processor),
+            processor=processor,
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
         self.plan_loss = plan_loss

@@ -6,6 +6,7 @@ import typer
 
 from fvlm_cli.commands.env import env
 from fvlm_cli.commands.merge import merge
+from fvlm_cli.commands.preview import preview
 from fvlm_cli.commands.push import push
 from fvlm_cli.commands.quickstart import quickstart
 from fvlm_cli.commands.train import train
@@ -18,8 +19,10 @@ _HELP = "Fine-tune vision-language models fast and in little memory. Start with:
 app = typer.Typer(name="fvlm", help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
 
 app.command("quickstart")(verb(quickstart))
-# What `train` does not know as an option is a key of the config: --lora.r 32.
-app.command("train", context_settings={"ignore_unknown_options": True})(verb(train))
+# What these do not know as an option is a key of the config: --lora.r 32.
+_CONFIGURED = {"ignore_unknown_options": True}
+app.command("train", context_settings=_CONFIGURED)(verb(train))
+app.command("preview", context_settings=_CONFIGURED)(verb(preview))
 app.command("merge")(verb(merge))
 app.command("push")(verb(push))
 app.command("env")(verb(env))

@@ -21,13 +21,17 @@ NAMES = ("messages", "conversations", "prompt", "completion", "images", "image")
 Track = Callable[[Iterable[Row], int], Iterable[Row]]
 
 
-def read_data(data: DataSection, seed: int, track: Track) -> tuple[list[Row], list[Row]]:
+def read_data(
+    data: DataSection, seed: int, track: Track, refused: list[DataError] | None = None
+) -> tuple[list[Row], list[Row]]:
     """Read and check everything that a run trains and evaluates on.
 
     Args:
         data: the config's section.
         seed: chooses the rows that `eval_fraction` sets aside.
         track: passes rows on while it shows progress; it is given their number.
+        refused: given, it takes the errors of rows that cannot be used, which are then left out; None: the first such
+            row is an error. A file that is damaged as a whole is one either way.
 
     Returns:
         The rows to train on, and those to evaluate on (none where none are asked for).
@@ -39,29 +43,45 @@ def read_data(data: DataSection, seed: int, track: Track) -> tuple[list[Row], li
     for name in data.columns:
         if name not in NAMES:
             raise ConfigError(f"data.columns: {name} is no column that FVLM knows; {hint(name, NAMES)}")
-    train = _read(data, data.train, track)
+    train = _read(data, data.train, track, refused)
     if data.eval is not None:
-        return train, _read(data, data.eval, track)
+        return train, _read(data, data.eval, track, refused)
     return _split(train, data.eval_fraction, seed) if data.eval_fraction is not None else (train, [])
 
 
-def _read(data: DataSection, sources: str | list[str], track: Track) -> list[Row]:
-    rows: list[Row] = []
+def _read(data: DataSection, sources: str | list[str], track: Track, refused: list[DataError] | None) -> list[Row]:
+    rows: list[tuple[Row, Path | None]] = []
     for source in [sources] if isinstance(sources, str) else sources:
         rows.extend(_source(data, Path(source).expanduser()))
     rows = rows[: data.limit]
-    for row in track(rows, len(rows)):
-        _check(row)
-    return rows
+    checked: list[Row] = []
+    folders = [folder for _, folder in rows]
+    for row, folder in zip(track([row for row, _ in rows], len(rows)), folders, strict=True):
+        try:
+            checked.append(_checked(row, folder, data.columns))
+        except DataError as error:
+            if refused is None:
+                raise
+            refused.append(error)
+    return checked
 
 
-def _source(data: DataSection, path: Path) -> Iterator[Row]:
+def _source(data: DataSection, path: Path) -> Iterator[tuple[Row, Path | None]]:
+    """Yield rows with the folder that their images start at; None where that is settled already."""
     if path.is_dir():
-        yield from read_folder(path, data.caption_prompt)
+        for row in read_folder(path, data.caption_prompt):
+            yield row, None
         return
     folder = Path(data.image_folder).expanduser() if data.image_folder is not None else path.parent
     for row in read_file(path):
-        yield Row(resolve_images(_rename(row, data.columns), folder), row.place)
+        yield row, folder
+
+
+def _checked(row: Row, folder: Path | None, columns: dict[str, str]) -> Row:
+    if folder is not None:
+        row = Row(resolve_images(_rename(row, columns), folder), row.place)
+    _check(row)
+    return row
 
 
 def _rename(row: Row, columns: dict[str, str]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What `fvlm env` finds out."""
+"""What is found out about a machine and about a model without its weights."""

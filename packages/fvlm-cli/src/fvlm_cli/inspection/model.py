@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.arch import facts_for
-from fvlm_core.checkpoint import ADAPTER_CONFIG, Source, find_source, read_config
-from fvlm_core.errors import CheckpointError
-from fvlm_core.quantized import build_skeleton, stored_precision
+from fvlm_cli.inspection.opened import open_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,17 +16,14 @@ def look_at(name: str, trust_remote_code: bool) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no model there, or it is of a kind that cannot be loaded.
     """
-    source = _base_of(find_source(name))
-    raw = read_config(source, trust_remote_code)
-    stored = stored_precision(raw, source.name)
-    skeleton = _skeleton(source, trust_remote_code)
-    facts = facts_for(skeleton)
+    opened = open_model(name, trust_remote_code)
+    facts, skeleton = opened.facts, opened.skeleton
     paths = {"vision": facts.vision, "projector": facts.projector, "language": facts.language, "audio": facts.audio}
     return {
-        "name": source.name,
+        "name": opened.source.name,
         "model_type": facts.model_type,
         "known": not facts.generic,
-        "quantized": None if stored is None else str(stored),
+        "quantized": None if opened.stored is None else str(opened.stored),
         "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
         "towers": {
             tower: {"paths": list(modules), "parameters": _parameters(skeleton, modules)}
@@ -38,27 +32,6 @@ def look_at(name: str, trust_remote_code: bool) -> dict[str, Any]:
         },
         "unquantized": list(facts.unquantized),
     }
-
-
-def _base_of(source: Source) -> Source:
-    adapter = source.json(ADAPTER_CONFIG)
-    if adapter is None:
-        return source
-    base = adapter.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(f"{ADAPTER_CONFIG} of {source.name!r} names no base_model_name_or_path; write it there.")
-    return find_source(base, adapter.get("revision"))
-
-
-def _skeleton(source: Source, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options)
-        return build_skeleton(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"the config of {source.name!r} makes no vision-language model ({reason}).") from None
 
 
 def _parameters(model: nn.Module, paths: tuple[str, ...]) -> int:

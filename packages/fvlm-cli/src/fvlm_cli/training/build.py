@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
 from fvlm_cli.config.schema import LoraSection, ModelSection, TrainConfig
 from fvlm_cli.data.row import Row, locate
 from fvlm_cli.training.arguments import training_arguments
+from fvlm_cli.training.collate import build_collator
 from fvlm_core.errors import ConfigError, DataError
-from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
+from fvlm_vision import FastVisionModel, FastVisionTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -86,26 +87,11 @@ def build_trainer(
     Raises:
         ConfigError: an argument of the data or train section cannot be used.
     """
-    data = config.data
-    limit: dict[str, Any] = {} if data.max_image_pixels is None else {"max_image_pixels": data.max_image_pixels}
-    collator = FastVisionDataCollator(
-        cast("PreTrainedModel", model),  # a PeftModel passes for the model that it wraps
-        processor,
-        train_on_responses_only=data.train_on_responses_only,
-        instruction_part=data.instruction_part,
-        response_part=data.response_part,
-        resize=tuple(data.resize) if isinstance(data.resize, list) else data.resize,  # type: ignore[arg-type]
-        overflow=data.overflow,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
-        allow_urls=data.allow_urls,
-        **limit,
-    )
     return RunTrainer(
         evaluate,
         model=model,
         processing_class=processor,
-        data_collator=collator,
+        data_collator=build_collator(config.data, model, processor),
         train_dataset=[row.sample for row in train],
         eval_dataset=[row.sample for row in evaluate] or None,
         args=training_arguments(config, checkpoints, bool(evaluate)),

@@ -10,9 +10,11 @@ import torch
 from fvlm_core.arch import facts_for, media_token_ids, task_model
 from fvlm_core.arch.packing import packing_of
 from fvlm_core.errors import ConfigError, DataError
+from fvlm_core.fused import has_fused_loss
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
 from fvlm_vision.labels import label_rows, make_labels, response_marks
+from fvlm_vision.lengths import TokenCounter
 from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
 from fvlm_vision.media_tokens import media_text_pattern
 from fvlm_vision.packing import packed
@@ -53,7 +55,7 @@ class FastVisionDataCollator:
         ignore_index: the label of what is not learned.
         pad_to_multiple_of: pad the batch to a multiple of this many tokens.
         packing: put the batch into one row without padding; no sample sees another.
-        plan_loss: add `label_rows`, which only a model whose loss takes it can be given.
+        plan_loss: add `label_rows`, which only a model whose loss takes it can be given; None: where the model has it.
         overflow: what happens to a sample over `max_seq_length`: "truncate" cuts trailing text and leaves the sample
             out when its media do not fit, "skip" leaves it out, "error" raises.
         min_pixels, max_pixels: bounds on an image's width × height; None leaves it.
@@ -84,7 +86,7 @@ class FastVisionDataCollator:
         ignore_index: int = -100,
         pad_to_multiple_of: int | None = None,
         packing: bool = False,
-        plan_loss: bool = False,
+        plan_loss: bool | None = None,
         overflow: Overflow = "truncate",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -118,7 +120,7 @@ class FastVisionDataCollator:
             processor=processor,
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
-        self.plan_loss = plan_loss
+        self.plan_loss = has_fused_loss(model) if plan_loss is None else plan_loss
         self._packing = packing_of(task_model(model)) if packing else None
         self._plan = None if facts.planner is None else facts.planner(task_model(model))
         self._reader = SampleReader(
@@ -162,6 +164,10 @@ class FastVisionDataCollator:
             DataError: the sample cannot be used, or nothing of it would be trained.
         """
         return self._reader.text(sample)[1]
+
+    def token_counter(self) -> TokenCounter:
+        """Return what counts the tokens of samples as this collator will make them, without decoding images."""
+        return TokenCounter(self.processor, self._reader, self.max_seq_length)
 
     def on_responses_only(self, marks: ResponseMarks | None) -> FastVisionDataCollator:
         """Return a copy of this collator that learns only what the assistant says."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fvlm_core.errors import DataError
 from fvlm_vision.fetch import FetchLimits, fetch
@@ -76,17 +76,25 @@ class ImageReader:
                 "max_image_pixels, or shrink the file."
             ) from error
 
-    def _open(self, source: Any) -> Image.Image:
+    def size(self, source: Any) -> tuple[int, int]:
+        """Return the (width, height) that `read` would give, in pixels; of encoded images the header alone is read.
+
+        Raises:
+            DataError: as `read`, as far as the header tells.
+        """
+        return _upright_size(self._open(source, decode=False))
+
+    def _open(self, source: Any, decode: bool = True) -> Image.Image:
         if isinstance(source, Image.Image):
             return source
         if isinstance(source, Mapping):
-            return self._open(_source_in(source))
+            return self._open(_source_in(source), decode)
         if isinstance(source, str):
-            return self._open_text(source)
+            return self._open_text(source, decode)
         if isinstance(source, os.PathLike):
-            return self._decode_file(Path(source))
+            return self._decode_file(Path(source), decode)
         if isinstance(source, bytes | bytearray | memoryview):
-            return self._decode(bytes(source), f"{len(source)} bytes")
+            return self._decode(bytes(source), f"{len(source)} bytes", decode)
         pixels = _as_array(source)
         if pixels is not None:
             return self._from_array(pixels, channels_first=not isinstance(source, np.ndarray))
@@ -94,11 +102,11 @@ class ImageReader:
             f"an image is given as {type(source).__name__}; give a PIL image, a path, bytes, a data URI or an array."
         )
 
-    def _open_text(self, text: str) -> Image.Image:
+    def _open_text(self, text: str, decode: bool) -> Image.Image:
         scheme, separator, rest = text.partition(":")
         scheme = scheme.lower()
         if separator and scheme == "data":
-            return self._decode(_data_uri(rest), "a data URI")
+            return self._decode(_data_uri(rest), "a data URI", decode)
         if separator and rest.startswith("//"):
             if scheme not in ("http", "https"):
                 raise DataError(
@@ -108,25 +116,26 @@ class ImageReader:
                 raise DataError(
                     f"the image address {text!r} is not fetched; pass allow_urls=True, or download it first."
                 )
-            return self._decode(fetch(text, self.url_limits), repr(text))
-        return self._decode_file(Path(text))
+            return self._decode(fetch(text, self.url_limits), repr(text), decode)
+        return self._decode_file(Path(text), decode)
 
-    def _decode_file(self, path: Path) -> Image.Image:
+    def _decode_file(self, path: Path, decode: bool) -> Image.Image:
         try:
             encoded = path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise DataError(f"the image file {str(path)!r} cannot be read ({cause}); correct the path.") from error
-        return self._decode(encoded, repr(str(path)))
+        return self._decode(encoded, repr(str(path)), decode)
 
-    def _decode(self, encoded: bytes, name: str) -> Image.Image:
+    def _decode(self, encoded: bytes, name: str, decode: bool) -> Image.Image:
         if not encoded:
             raise DataError(f"the image {name} is empty; replace it or drop the sample.")
         try:
             image = Image.open(io.BytesIO(encoded))
             self._check_size(image.size)  # the header alone has been read: nothing large is allocated yet
-            self._note_animation(image, name)
-            image.load()
+            if decode:
+                self._note_animation(image, name)
+                image.load()
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
             if isinstance(error, DataError):
                 raise
@@ -171,6 +180,12 @@ class ImageReader:
         self._check_size((pixels.shape[1], pixels.shape[0]))
         pixels = _to_uint8(pixels)
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if on_its_side else (width, height)
 
 
 def _source_in(block: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from fvlm_core.errors import ConfigError
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.rows import training_rows
+from fvlm_vision.sampling import Measured
 from fvlm_vision.training_args import align, own_copy, sequence_limit
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class FastVisionTrainer(SFTTrainer):
                 parameter.data = data  # trl's cast; the precision that PEFT chose stands
         self.train_dataset = rows
         self.eval_dataset = eval_rows
+        self._measured = Measured()
         self._counts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def compute_loss(
@@ -151,6 +153,13 @@ class FastVisionTrainer(SFTTrainer):
             if total:
                 self._metrics[mode]["mean_token_accuracy"].append(correct / total)
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(self._measured.stand_in(rows, self.args, self.data_collator))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(self._measured.stand_in(eval_dataset, self.args, self.data_collator))
 
     def _mode(self) -> str:
         return "train" if self.model is not None and self.model.training else "eval"

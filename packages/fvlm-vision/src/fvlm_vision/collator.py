@@ -17,12 +17,13 @@ from fvlm_vision.labels import label_rows, make_labels, response_marks
 from fvlm_vision.lengths import TokenCounter
 from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
 from fvlm_vision.media_tokens import media_text_pattern
+from fvlm_vision.overflow import OverflowCounts
 from fvlm_vision.packing import packed
 from fvlm_vision.reading import Item, SampleReader, placed
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
 from fvlm_vision.resize import resize_policy
 from fvlm_vision.samples import FormattingFunc
-from fvlm_vision.truncation import OVERFLOWS, Overflow, OverflowCounts, cut_rows, kept_length
+from fvlm_vision.truncation import OVERFLOWS, Overflow, cut_rows, kept_length
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -123,6 +124,7 @@ class FastVisionDataCollator:
         self.plan_loss = has_fused_loss(model) if plan_loss is None else plan_loss
         self._packing = packing_of(task_model(model)) if packing else None
         self._plan = None if facts.planner is None else facts.planner(task_model(model))
+        self._tells_overflow = True
         self._reader = SampleReader(
             processor,
             Renderer(processor, train_on_responses_only, marks),
@@ -181,6 +183,12 @@ class FastVisionDataCollator:
         other.keeps_empty_batches = True
         return other
 
+    def for_trainer(self) -> FastVisionDataCollator:
+        """Return such a copy for a trainer that tells once an epoch what was over the limit: it counts in silence."""
+        other = self.keeping_empty_batches()
+        other._tells_overflow = False
+        return other
+
     def _batch(self, items: list[Item]) -> dict[str, Any]:
         encoded = self._encode(items)
         ids, mask = encoded.batch["input_ids"], encoded.batch["attention_mask"]
@@ -196,7 +204,7 @@ class FastVisionDataCollator:
             cut_rows(batch, lengths, self._fill(), columns, self.pad_to_multiple_of or 1)
             for item, length, before in zip(items, lengths, mask.sum(dim=1).tolist(), strict=True):
                 if length < before:
-                    self.overflow_counts.note_truncated(item.where, length)
+                    self._note(item, skipped=False)
         if self._has_prefix:
             learned = batch["labels"] != self.ignore_index
             batch["token_type_ids"] = (learned.cumsum(dim=1) > 0).to(batch["token_type_ids"].dtype)
@@ -246,9 +254,12 @@ class FastVisionDataCollator:
             except DataError as error:
                 raise placed(error, item.row, item.where) from error
             if kept is None:
-                self.overflow_counts.note_skipped(item.where, int(self.max_seq_length or 0))
+                self._note(item, skipped=True)
             lengths.append(kept)
         return lengths
+
+    def _note(self, item: Item, *, skipped: bool) -> None:
+        self.overflow_counts.note(skipped, item.row, item.place, self.max_seq_length, log=self._tells_overflow)
 
     def _empty_batch(self) -> dict[str, Any]:
         if not self.keeps_empty_batches:

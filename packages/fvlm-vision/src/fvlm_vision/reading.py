@@ -29,13 +29,18 @@ class Item:
         rendered: its text and trained spans.
         images: its images at the size that was asked for, in the order of their placeholders.
         row: its row in the dataset, where it carries one.
-        where: what messages call it.
+        place: its number in the batch.
     """
 
     rendered: Rendered
     images: list[Image.Image]
     row: int | None
-    where: str
+    place: int
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return f"row {self.row}" if self.row is not None else f"sample {self.place} of the batch"
 
 
 class SampleReader:
@@ -77,13 +82,12 @@ class SampleReader:
             DataError: the sample or one of its images cannot be used.
         """
         row = sample.row if isinstance(sample, NumberedSample) else None
-        where = f"row {row}" if row is not None else f"sample {place} of the batch"
         try:
             conversation, rendered = self.text(sample)
             images = [self.resize.apply(self.images.read(source)) for source in conversation.images]
         except DataError as error:
-            raise placed(error, row, where) from error
-        return Item(rendered, images, row, where)
+            raise placed(error, row, f"sample {place} of the batch") from error
+        return Item(rendered, images, row, place)
 
     def text(self, sample: Any) -> tuple[Conversation, Rendered]:
         """Return a sample's conversation and its text, without opening its media.

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from fvlm_core.errors import ConfigError
 from fvlm_vision.collator import FastVisionDataCollator
+from fvlm_vision.overflow import OverflowLog
 from fvlm_vision.rows import training_rows
 from fvlm_vision.sampling import Measured
 from fvlm_vision.training_args import align, own_copy, sequence_limit
@@ -105,6 +106,8 @@ class FastVisionTrainer(SFTTrainer):
                 parameter.data = data  # trl's cast; the precision that PEFT chose stands
         self.train_dataset = rows
         self.eval_dataset = eval_rows
+        if isinstance(collator, FastVisionDataCollator):
+            self.add_callback(OverflowLog(self, collator.overflow_counts, collator.max_seq_length))
         self._measured = Measured()
         self._counts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -220,7 +223,7 @@ def _collator(
             f"ignore_index={collator.ignore_index} in the collator is not -100, which is what models leave out of "
             "the loss."
         )
-    return collator.keeping_empty_batches()
+    return collator.for_trainer()
 
 
 def _eval_rows(eval_dataset: Any, numbered: bool) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,41 +11,8 @@ from fvlm_core.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-logger = logging.getLogger(__name__)
-
 Overflow = Literal["truncate", "skip", "error"]
 OVERFLOWS: tuple[Overflow, ...] = ("truncate", "skip", "error")
-_ROWS_KEPT = 5
-
-
-@dataclass
-class OverflowCounts:
-    """How many samples were cut or left out so far, and the first few. Each dataloader worker counts its own."""
-
-    truncated: int = 0
-    skipped: int = 0
-    truncated_samples: list[str] = field(default_factory=list)
-    skipped_samples: list[str] = field(default_factory=list)
-
-    def note_truncated(self, place: str, limit: int) -> None:
-        """Count a sample whose trailing text was cut; log the 1st, 10th, 100th, …."""
-        self.truncated += 1
-        if len(self.truncated_samples) < _ROWS_KEPT:
-            self.truncated_samples.append(place)
-        self._log(self.truncated, "cut to", limit, self.truncated_samples)
-
-    def note_skipped(self, place: str, limit: int) -> None:
-        """Count a sample that was left out; log the 1st, 10th, 100th, …."""
-        self.skipped += 1
-        if len(self.skipped_samples) < _ROWS_KEPT:
-            self.skipped_samples.append(place)
-        self._log(self.skipped, "left out for being over", limit, self.skipped_samples)
-
-    @staticmethod
-    def _log(count: int, what: str, limit: int, places: list[str]) -> None:
-        if str(count).strip("0") == "1":  # 1, 10, 100, …
-            noun = "sample was" if count == 1 else "samples were"
-            logger.warning("%d %s %s max_seq_length=%d tokens; first: %s.", count, noun, what, limit, "; ".join(places))
 
 
 def kept_length(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from fvlm_cli.commands.chat import chat
 from fvlm_cli.commands.env import env
+from fvlm_cli.commands.evaluate import evaluate
+from fvlm_cli.commands.infer import infer
 from fvlm_cli.commands.merge import merge
 from fvlm_cli.commands.preview import preview
 from fvlm_cli.commands.push import push
@@ -23,6 +26,9 @@ app.command("quickstart")(verb(quickstart))
 _CONFIGURED = {"ignore_unknown_options": True}
 app.command("train", context_settings=_CONFIGURED)(verb(train))
 app.command("preview", context_settings=_CONFIGURED)(verb(preview))
+app.command("infer")(verb(infer))
+app.command("chat")(verb(chat))
+app.command("eval", context_settings=_CONFIGURED)(verb(evaluate))
 app.command("merge")(verb(merge))
 app.command("push")(verb(push))
 app.command("env")(verb(env))

@@ -40,6 +40,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         out.start_log()
         try:
             function(**given, out=out)
+        except BrokenPipeError:  # whoever read our output has had enough: typer ends quietly
+            raise
         except HANDLED as error:
             raise typer.Exit(_report(error, out)) from None
         except KeyboardInterrupt:

@@ -59,6 +59,9 @@ def _show(console: Console, record: dict[str, Any], config: str) -> None:
     for name in ("train_loss", "eval_loss"):
         if record[name] is not None:
             console.print(f"{name:<12} {record[name]:.4f}")
+    for name in ("answers_before", "answers_after"):
+        if name in record:
+            console.print(f"{name:<14} " + ", ".join(f"{key} {value:.4f}" for key, value in record[name].items()))
     for name in ("adapter_dir", "model_dir", "merged_dir"):
         if record.get(name) is not None:
             console.print(f"{name:<12} {record[name]}", markup=False)

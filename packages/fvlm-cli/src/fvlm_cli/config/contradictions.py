@@ -16,6 +16,8 @@ def contradictions(config: TrainConfig) -> str | None:
         return "data.eval and data.eval_fraction are both given; leave one of them out."
     if train.eval_steps is not None and data.eval is None and data.eval_fraction is None:
         return "train.eval_steps is given without anything to evaluate on; give data.eval or data.eval_fraction."
+    if config.eval.rows is not None and data.eval is None and data.eval_fraction is None:
+        return "eval.rows is given without anything to evaluate on; give data.eval or data.eval_fraction."
     if not data.train_on_responses_only and (data.instruction_part or data.response_part):
         return "data.instruction_part and data.response_part need data.train_on_responses_only: true."
     if isinstance(data.resize, list) and (len(data.resize) != 2 or min(data.resize) < 1):

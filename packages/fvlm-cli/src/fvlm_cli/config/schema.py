@@ -154,6 +154,24 @@ class TrainSection(Section):
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other argument of trl.SFTConfig, by its name.")
 
 
+class EvalSection(Section):
+    """How answers are judged, beside the loss: the model writes them, and they are compared with those of the data."""
+
+    rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many of the first evaluation rows the model answers before and after training. Default: none "
+        "in fvlm train, all of them in fvlm eval.",
+    )
+    metrics: list[Literal["exact_match", "cer", "wer", "anls"]] = Field(
+        default=["exact_match", "cer", "wer", "anls"],
+        min_length=1,
+        description="exact_match, cer (character error rate), wer (word error rate), anls.",
+    )
+    max_new_tokens: int = Field(default=256, ge=1, description="The longest answer, in tokens.")
+    batch_size: int = Field(default=8, ge=1, description="Rows that are answered together.")
+
+
 class SaveSection(Section):
     """What is left when it is done."""
 
@@ -171,4 +189,5 @@ class TrainConfig(Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     data: DataSection
     train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
     save: SaveSection = Field(default_factory=SaveSection)

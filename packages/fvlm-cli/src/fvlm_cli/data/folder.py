@@ -36,10 +36,13 @@ def read_folder(folder: Path, prompt: str) -> list[Row]:
     return rows
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder and its subfolders, by name."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _IMAGES and path.is_file()]
+
+
 def _from_texts(folder: Path, prompt: str) -> Iterator[Row]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in _IMAGES or not path.is_file():
-            continue
+    for path in image_files(folder):
         text = path.with_suffix(".txt")
         try:
             caption = text.read_text(encoding="utf-8-sig").strip()

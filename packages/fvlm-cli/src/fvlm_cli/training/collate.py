@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from fvlm_cli.generate.answer import Answerer, Decoding
+
 
 def build_collator(
     data: DataSection, model: PreTrainedModel | PeftModel, processor: ProcessorMixin
@@ -39,3 +41,25 @@ def build_collator(
         allow_urls=data.allow_urls,
         **limit,
     )
+
+
+def build_answerer(data: DataSection, model: Any, processor: ProcessorMixin, decoding: Decoding) -> Answerer:
+    """Return what puts questions to a model with their images opened and sized as in training.
+
+    Raises:
+        ConfigError: a key of the section cannot be used with this model.
+    """
+    from fvlm_cli.generate.answer import Answerer
+    from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
+    from fvlm_vision.resize import resize_policy
+
+    size = (model.config.to_dict().get("vision_config") or {}).get("image_size")
+    policy = resize_policy(
+        tuple(data.resize) if isinstance(data.resize, list) else data.resize,  # type: ignore[arg-type]
+        data.min_pixels,
+        data.max_pixels,
+        processor=processor,
+        image_size=size if isinstance(size, int) else None,
+    )
+    reader = ImageReader(data.max_image_pixels or MAX_IMAGE_PIXELS, data.allow_urls)
+    return Answerer(model, processor, decoding, reader, policy)

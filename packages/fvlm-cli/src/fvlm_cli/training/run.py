@@ -12,6 +12,7 @@ from fvlm_cli.bars import track
 from fvlm_cli.config.schema import TrainConfig
 from fvlm_cli.data.read import read_data
 from fvlm_cli.data.row import Row, locate
+from fvlm_cli.generate.load import quiet_libraries
 from fvlm_cli.output import Output
 from fvlm_cli.training.resume import last_complete
 from fvlm_cli.training.run_folder import RunFolder, whole
@@ -53,12 +54,15 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     }
     folder.write_record(record)
     out.note(f"loading {config.model.name}")
+    from fvlm_cli.training.answers import Answers
     from fvlm_cli.training.build import build_trainer, load  # torch and all: only once the data are known to be good
 
-    _quiet_libraries(out)
+    quiet_libraries(out.debug)
     model, processor = load(config)
     _describe(model, out)
     trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
+    answers = Answers(config, model, processor, evaluate, folder.evaluation, out)
+    record |= answers.take("before")
     interrupted = _train(trainer, train, checkpoint, out)
     state = trainer.state
     folder.write_history(state.log_history)
@@ -68,6 +72,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         record |= {"status": "interrupted", "checkpoint": None if last is None else str(last)}
     else:
         record |= _save(config, folder, model, processor, out)
+        record |= answers.take("after")
         record["status"] = "finished"
     record["seconds"] = round(time.monotonic() - start, 3)
     folder.write_record(record)
@@ -89,15 +94,6 @@ def _checkpoint(folder: RunFolder, out: Output) -> Path:
         )
     out.note(f"going on from {checkpoint}")
     return checkpoint
-
-
-def _quiet_libraries(out: Output) -> None:
-    """Keep transformers' own bars and remarks out of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if not out.debug:
-        logging.set_verbosity_error()
 
 
 def _describe(model: Any, out: Output) -> None:

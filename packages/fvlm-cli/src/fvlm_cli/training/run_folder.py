@@ -23,8 +23,8 @@ class RunFolder:
     """The folder that a run leaves.
 
     `adapter` (or `model`, after full finetuning) and `merged` are what was asked for; `checkpoints` is what a resumed
-    run goes on from; `config.yaml` is the config with every default, `run.json` the versions and the outcome, and
-    `history.json` what was logged.
+    run goes on from; `eval` holds the answers before and after training, where they were asked for; `config.yaml` is
+    the config with every default, `run.json` the versions and the outcome, and `history.json` what was logged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -33,6 +33,7 @@ class RunFolder:
         self.model = root / "model"
         self.merged = root / "merged"
         self.checkpoints = root / "checkpoints"
+        self.evaluation = root / "eval"
         self.config = root / "config.yaml"
         self.record = root / "run.json"
         self.history = root / "history.json"
@@ -62,7 +63,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what an earlier run left, and nothing else."""
-        for folder in (self.adapter, self.model, self.merged, self.checkpoints):
+        for folder in (self.adapter, self.model, self.merged, self.checkpoints, self.evaluation):
             if folder.exists():
                 shutil.rmtree(folder)
         for file in (self.config, self.record, self.history):

@@ -4,10 +4,13 @@ Every op is a function on tensors; see the module of its name for its maths, gra
 Triton on a GPU and plain PyTorch elsewhere, ``impl="torch"`` and ``impl="triton"`` choose.
 """
 
+from ._losses import LossStats
 from .activations import gelu, quick_gelu
+from .cross_entropy import cross_entropy
 from .gated import geglu, swiglu
 from .int8 import Int8Weight, dequantize_int8
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
 from .lora import lora_linear, lora_qkv
 from .lora_layer import LoRALinear
 from .lora_mlp import lora_mlp
@@ -24,13 +27,16 @@ from .varlen_attention import varlen_attention
 __all__ = [
     "Int8Weight",
     "LoRALinear",
+    "LossStats",
     "NF4Weight",
     "__version__",
+    "cross_entropy",
     "dequantize_int8",
     "dequantize_nf4",
     "geglu",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",

@@ -20,13 +20,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from . import lora_steps as steps
-from ._launch import Impl
+from ._launch import Impl, without_autocast
 from .activations import _bwd_op as _activation_bwd
 from .activations import _fwd_op as _activation_fwd
 from .activations import _ref as _activation_ref
 from .gated import _bwd_op as _gated_bwd
 from .gated import _fwd_op as _gated_fwd
-from .lora import check_input, flat, group, needs_of, runs_triton, without_autocast
+from .lora import check_input, flat, group, needs_of, runs_triton
 from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, dtypes_for
 from .lora_steps import Saved
 

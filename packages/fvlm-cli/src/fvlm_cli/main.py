@@ -8,6 +8,7 @@ from fvlm_cli.commands.chat import chat
 from fvlm_cli.commands.env import env
 from fvlm_cli.commands.evaluate import evaluate
 from fvlm_cli.commands.infer import infer
+from fvlm_cli.commands.init import init
 from fvlm_cli.commands.merge import merge
 from fvlm_cli.commands.preview import preview
 from fvlm_cli.commands.push import push
@@ -22,6 +23,7 @@ _HELP = "Fine-tune vision-language models fast and in little memory. Start with:
 app = typer.Typer(name="fvlm", help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
 
 app.command("quickstart")(verb(quickstart))
+app.command("init")(verb(init))
 # What these do not know as an option is a key of the config: --lora.r 32.
 _CONFIGURED = {"ignore_unknown_options": True}
 app.command("train", context_settings=_CONFIGURED)(verb(train))

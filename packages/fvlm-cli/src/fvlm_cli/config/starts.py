@@ -1,0 +1,58 @@
+"""What `fvlm init` proposes for each model family and data format; everything else is the schema's default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's start.
+
+    Attributes:
+        model: a checkpoint on the Hub that people start with.
+        instruction_part, response_part: what its chat template opens a user and an assistant turn with; the templates
+            on the Hub mark no assistant spans of their own.
+    """
+
+    model: str
+    instruction_part: str
+    response_part: str
+
+
+_CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+_INST = ("[INST]", "[/INST]")
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family("Qwen/Qwen2-VL-2B-Instruct", *_CHATML),
+    "qwen2_5_vl": Family("Qwen/Qwen2.5-VL-7B-Instruct", *_CHATML),
+    "qwen3_vl": Family("Qwen/Qwen3-VL-8B-Instruct", *_CHATML),
+    "mllama": Family(
+        "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "pixtral": Family("mistral-community/pixtral-12b", *_INST),
+    "mistral3": Family("mistralai/Mistral-Small-3.1-24B-Instruct-2503", *_INST),
+    "gemma3": Family("google/gemma-3-4b-it", "<start_of_turn>user\n", "<start_of_turn>model\n"),
+}
+
+FORMATS: dict[str, Mapping[str, Any]] = {
+    "messages": {"train": "train.jsonl"},
+    "sharegpt": {"train": "train.json", "image_folder": "images"},
+    "prompt": {"train": "train.jsonl", "columns": {"prompt": "question", "completion": "answer", "image": "image"}},
+    "csv": {"train": "train.csv", "columns": {"prompt": "question", "completion": "answer", "image": "file"}},
+    "parquet": {"train": "train.parquet"},
+    "folder": {"train": "images", "caption_prompt": "Describe this image."},
+}
+
+WHAT: dict[str, str] = {
+    "messages": 'JSONL: {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, …]}, …]}',
+    "sharegpt": 'JSON of LLaVA: [{"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": "a.png"}]',
+    "prompt": 'JSONL: {"question": "…", "answer": "…", "image": "a.png"}; data.columns says what is what',
+    "csv": "CSV with the columns question, answer and file; data.columns says what is what",
+    "parquet": "Parquet with messages, or prompt and completion, and images as datasets writes them",
+    "folder": "a folder of images, each with a .txt file of the same name beside it",
+}

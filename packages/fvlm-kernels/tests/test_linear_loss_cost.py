@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fvlm_kernels import _loss_chunks, linear_cross_entropy
+from fvlm_kernels import _loss_chunks, _losses, linear_cross_entropy
 from fvlm_kernels.testing import randn, run_with_gradients
 
 every_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -130,23 +130,31 @@ def test_ignored_rows_do_not_reach_a_product(device, monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_only_for_what_needs_them(reduction, device, monkeypatch):
     tensors, labels = head_of((6,), 16, 50, torch.float32, device), labels_of((6,), 50, device)
-    products, product = [], _loss_chunks._product
-    monkeypatch.setattr(
-        _loss_chunks, "_product", lambda out, *rest, **kw: products.append(out.shape) or product(out, *rest, **kw)
-    )
+    work, product, launch_rows = [], _loss_chunks._product, _loss_chunks.launch_rows
+
+    def counted_product(out, *rest, **keywords):
+        work.append(tuple(out.shape))
+        product(out, *rest, **keywords)
+
+    def counted_rows(*arguments, overwrite, **keywords):
+        work.append("gradient" if overwrite else "loss")
+        launch_rows(*arguments, overwrite=overwrite, **keywords)
+
+    monkeypatch.setattr(_loss_chunks, "_product", counted_product)
+    monkeypatch.setattr(_loss_chunks, "launch_rows", counted_rows)
     ours = partial(linear_cross_entropy, labels=labels, reduction=reduction, impl="triton")
     shapes = {"hidden": (4, 16), "weight": (50, 16)}
     for wanted in (["hidden"], ["weight"], ["bias"], ["hidden", "weight", "bias"]):
         leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in tensors.items()}
         ours(**leaves).sum().backward()
         assert [n for n, t in leaves.items() if t.grad is not None] == wanted
-        assert products == [shapes[n] for n in wanted if n in shapes]
-        products.clear()
-    leaves = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        forward = ["loss"] if reduction == "none" else []
+        assert work == [*forward, "gradient", *(shapes[n] for n in wanted if n in shapes)]
+        work.clear()
     with torch.no_grad():
-        assert not ours(**leaves).requires_grad
+        assert not ours(**{n: t.clone().requires_grad_() for n, t in tensors.items()}).requires_grad
     assert not ours(**tensors).requires_grad
-    assert products == []
+    assert work == ["loss", "loss"]
 
 
 @every_impl
@@ -172,20 +180,24 @@ def test_stats_are_accuracy_and_entropy(softcap, impl, dtype, device):
 
 
 @every_impl
-def test_the_first_of_equals_is_the_most_likely(impl, device):
-    hidden, weight = torch.ones(3, 1, device=device), torch.tensor([[1.0], [2.0], [2.0], [0.0]], device=device)
-    _, stats = linear_cross_entropy(
-        hidden, weight, torch.tensor([1, 2, 0], device=device), reduction="none", return_stats=True, impl=impl
-    )
-    assert stats.correct.tolist() == [1, 0, 0]
-
-
-@pytest.mark.parametrize("largest", [0.0, 60.0, 1e4])
-def test_entropy_of_certain_and_uncertain_rows(largest, device):
+def test_the_first_of_equals_is_the_most_likely(impl, device, monkeypatch):
+    monkeypatch.setattr(_losses, "BLOCK_V", 128)
     weight = torch.zeros(300, 1, device=device)
-    weight[7] = largest
-    weight[200:] = float("-inf")
+    weight[[5, 133, 140]] = 1.0  # 5 and 133 fall to the same lane
+    labels = torch.tensor([5, 133, 140, 0], device=device)
+    _, stats = linear_cross_entropy(
+        torch.ones(4, 1, device=device), weight, labels, reduction="none", return_stats=True, impl=impl
+    )
+    assert stats.correct.tolist() == [1, 0, 0, 0]
+
+
+@every_impl
+@pytest.mark.parametrize("slope", [0.0, 0.02, -0.02, 0.5, 50.0])
+def test_entropy_of_certain_and_uncertain_rows(slope, impl, device, monkeypatch):
+    monkeypatch.setattr(_losses, "BLOCK_V", 128)
+    weight = slope * torch.arange(400.0, device=device).unsqueeze(1)
+    weight[300:] = float("-inf")
     hidden, labels = torch.ones(1, 1, device=device), torch.tensor([7], device=device)
-    _, stats = linear_cross_entropy(hidden, weight, labels, return_stats=True, impl="triton")
-    expected = torch.distributions.Categorical(logits=weight[:200, 0].double()).entropy()
+    _, stats = linear_cross_entropy(hidden, weight, labels, return_stats=True, impl=impl)
+    expected = torch.distributions.Categorical(logits=weight[:300, 0].double()).entropy()
     torch.testing.assert_close(stats.entropy.double(), expected, rtol=1e-5, atol=1e-6)

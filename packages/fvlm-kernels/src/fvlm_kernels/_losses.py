@@ -31,8 +31,8 @@ from ._launch import cdiv, check_floating, check_same_device, check_shape, launc
 from ._triton import tl, triton
 
 Reduction = Literal["mean", "sum", "none"]
-BLOCK_V = 8192
-"""Columns that a program holds at once: 16 for each of its 512 threads."""
+BLOCK_V = 4096
+"""Columns that a program holds at once: 8 for each of its 512 threads, of which three programs fit a multiprocessor."""
 
 
 class LossStats(NamedTuple):
@@ -89,14 +89,16 @@ def _tanh(u):
 
 
 @triton.jit
-def _score(x, scale, cap, HAS_CAP: tl.constexpr):
+def _score(x, cap, SCALE: tl.constexpr, HAS_CAP: tl.constexpr):
     """Return ``(z, dz/dx)`` of the module's maths."""
-    z = x * scale
-    slope = scale
+    z = x
+    slope = SCALE
+    if SCALE != 1.0:
+        z = x * SCALE
     if HAS_CAP:
         t = _tanh(z / cap)
         z = cap * t
-        slope = scale * (1.0 - t) * (1.0 + t)
+        slope = SCALE * (1.0 - t) * (1.0 + t)
     return z, slope
 
 
@@ -118,10 +120,10 @@ def _loss_rows_kernel(
     entropy_ptr,
     stride_logits,
     ignore_index,
-    scale,
     cap,
     z_loss,
     V: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATS: tl.constexpr,
@@ -157,7 +159,7 @@ def _loss_rows_kernel(
         offs_v = start + offs
         mask = offs_v < V
         x = tl.load(row_ptr + offs_v, mask=mask, other=0.0).to(tl.float32)
-        z, _ = _score(x, scale, cap, HAS_CAP)
+        z, _ = _score(x, cap, SCALE, HAS_CAP)
         z = tl.where(mask, z, float("-inf"))
         d = z - peaks
         e = tl.exp(-tl.abs(d))
@@ -171,7 +173,7 @@ def _loss_rows_kernel(
     share = tl.exp(peaks - peak)
     total = tl.sum(sums * share, axis=0)
     log_sum = tl.log(total)
-    own_z, _ = _score(own, scale, cap, HAS_CAP)
+    own_z, _ = _score(own, cap, SCALE, HAS_CAP)
     lse = peak + log_sum
     tl.store(loss_ptr + row, log_sum - (own_z - peak) + z_loss * lse * lse)
     if STATS:
@@ -190,7 +192,7 @@ def _loss_rows_kernel(
             offs_v = (V - 1) // BLOCK_V * BLOCK_V - back + offs
             mask = offs_v < V
             x = tl.load(row_ptr + offs_v, mask=mask, other=0.0)
-            z, slope = _score(x.to(tl.float32), scale, cap, HAS_CAP)
+            z, slope = _score(x.to(tl.float32), cap, SCALE, HAS_CAP)
             dx = _slope_of_loss(z, offs_v, label, peak, log_sum, z_loss) * slope * weight
             tl.store(row_ptr + offs_v, dx.to(x.dtype), mask=mask)
 
@@ -205,10 +207,10 @@ def _loss_bwd_kernel(
     stride_dloss,
     stride_logits,
     ignore_index,
-    scale,
     cap,
     z_loss,
     V: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -219,7 +221,7 @@ def _loss_bwd_kernel(
     label = tl.load(labels_ptr + row).to(tl.int64)
     kept = label != ignore_index
     x = tl.load(logits_ptr + row * stride_logits + offs_v, mask=mask & kept, other=0.0)
-    z, slope = _score(x.to(tl.float32), scale, cap, HAS_CAP)
+    z, slope = _score(x.to(tl.float32), cap, SCALE, HAS_CAP)
     peak = tl.load(norms_ptr + row * 2)
     log_sum = tl.load(norms_ptr + row * 2 + 1)
     weight = tl.load(dloss_ptr + row * stride_dloss)
@@ -232,7 +234,7 @@ def _loss_bwd_kernel(
 def _shape(v: int) -> tuple[int, int]:
     """Return ``(BLOCK_V, num_warps)``: a lane never holds a column twice, so that a row may be overwritten in place."""
     block = min(BLOCK_V, max(next_power_of_two(v), 128))
-    return block, max(4, block // 512)
+    return block, max(4, block // 256)
 
 
 def launch_rows(
@@ -273,10 +275,10 @@ def launch_rows(
         *(stats or (None, None)),
         logits.stride(0),
         ignore_index,
-        scale,
         1.0 if softcap is None else softcap,
         z_loss,
         V=v,
+        SCALE=scale,
         HAS_CAP=softcap is not None,
         WEIGHTED=weights is not None,
         STATS=stats is not None,
@@ -311,10 +313,10 @@ def launch_gradient(
         dlosses.stride(0),
         logits.stride(0),
         ignore_index,
-        scale,
         1.0 if softcap is None else softcap,
         z_loss,
         V=v,
+        SCALE=scale,
         HAS_CAP=softcap is not None,
         BLOCK_V=block,
         num_warps=num_warps,

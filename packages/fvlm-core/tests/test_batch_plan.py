@@ -76,7 +76,7 @@ def test_text_only_batches_need_no_plan(loaded):
 def test_adjacent_media_and_padding():
     types = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])
-    grids = {1: torch.tensor([[1, 2, 4], [1, 2, 2]]), 2: None}
-    positions = multimodal_positions(types, mask, grids, merge_size=2)
+    pieces = {1: [(1, 2, 4, 1), (1, 2, 2, 1)], 2: []}
+    positions = multimodal_positions(types, mask, pieces, merge_size=2)
     assert positions[:, 0].tolist() == [[0, 0, 2, 3, 0], [0, 0, 2, 3, 0], [0, 1, 2, 3, 0]]
     assert positions[:, 1].tolist() == [[0, 0, 0, 1, 2]] * 3

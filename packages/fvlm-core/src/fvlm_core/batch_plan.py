@@ -9,7 +9,7 @@ arguments to a batch, with exactly the values that the model would have computed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # the values of a processor's mm_token_type_ids
+
+Piece = tuple[int, int, int, int]
+"""A medium, or a video's frame that stands alone: frames, height and width in patches, temporal positions a frame."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class QwenPlanner:
     Args:
         merge_size: patches a side that become one token.
         patch_size: side of a patch in pixels.
-        timed_videos: whether a video's temporal positions depend on its frame times (all but Qwen2-VL); such a batch's
-            `position_ids` are left to the model.
+        tokens_per_second: temporal positions a second of video takes (Qwen2.5-VL), else `None`: one a frame.
+        frames_apart: whether a video's frames stand apart in the text, each behind its time (Qwen3-VL).
         window_size: side of an attention window in pixels (Qwen2.5-VL), else `None`.
         grid_per_side: side of the learned position table (Qwen3-VL), else `None`.
         interpolation: how that table is resampled (`mode`, `align_corners`), else `None`.
@@ -35,7 +38,8 @@ class QwenPlanner:
 
     merge_size: int
     patch_size: int
-    timed_videos: bool
+    tokens_per_second: int | None = None
+    frames_apart: bool = False
     window_size: int | None = None
     grid_per_side: int | None = None
     interpolation: tuple[str, bool] | None = None
@@ -45,10 +49,11 @@ class QwenPlanner:
 
         Args:
             batch: CPU tensors of a processor: `input_ids` and `mm_token_type_ids` `(rows, tokens)`, optionally
-                `attention_mask` of the same shape, `image_grid_thw` and `video_grid_thw` `(count, 3)`.
+                `attention_mask` of the same shape, `image_grid_thw` and `video_grid_thw` `(count, 3)`, and
+                `second_per_grid_ts` `(videos,)`.
 
         Returns:
-            `position_ids` `(3, rows, tokens)` int64 where they can be known, and for each medium present
+            `position_ids` `(3, rows, tokens)` int64, and for each medium present
             `{image,video}_cu_seqlens`, `_max_seqlen`, `_position_ids` and the family's own.
         """
         extra: dict[str, Any] = {}
@@ -58,14 +63,27 @@ class QwenPlanner:
                 extra |= {f"{medium}_{name}": value for name, value in self._vision(grid).items()}
         if not extra:
             return {}
-        if batch.get("video_grid_thw") is None or not self.timed_videos:
-            extra["position_ids"] = multimodal_positions(
-                batch["mm_token_type_ids"],
-                batch.get("attention_mask"),
-                {IMAGE: batch.get("image_grid_thw"), VIDEO: batch.get("video_grid_thw")},
-                self.merge_size,
-            )
+        extra["position_ids"] = multimodal_positions(
+            batch["mm_token_type_ids"],
+            batch.get("attention_mask"),
+            {IMAGE: _pieces(batch.get("image_grid_thw")), VIDEO: self._video_pieces(batch)},
+            self.merge_size,
+        )
         return extra
+
+    def _video_pieces(self, batch: Mapping[str, Any]) -> list[Piece]:
+        """Return what each run of video tokens stands for."""
+        grid = batch.get("video_grid_thw")
+        if grid is None:
+            return []
+        if self.frames_apart:
+            return [(1, *sides, 1) for frames, *sides in grid.tolist() for _ in range(frames)]
+        seconds = batch.get("second_per_grid_ts")
+        if self.tokens_per_second is None or seconds is None:
+            return _pieces(grid)
+        # Whole seconds only, as transformers counts them.
+        steps = [self.tokens_per_second * int(value) for value in seconds]
+        return [(*sizes, step) for sizes, step in zip(grid.tolist(), steps, strict=True)]
 
     def _vision(self, grid: Tensor) -> dict[str, Any]:
         """Return the vision tower's own arguments for `grid` `(count, 3)`, by transformers' own functions."""
@@ -100,7 +118,7 @@ class QwenPlanner:
 
 
 def multimodal_positions(
-    token_types: Tensor, attention_mask: Tensor | None, grids: Mapping[int, Tensor | None], merge_size: int
+    token_types: Tensor, attention_mask: Tensor | None, pieces: Mapping[int, Sequence[Piece]], merge_size: int
 ) -> Tensor:
     """Return the three-axis rotary positions of text mixed with media.
 
@@ -111,7 +129,7 @@ def multimodal_positions(
     Args:
         token_types: `(rows, tokens)`: 0 text, 1 image placeholder, 2 video placeholder.
         attention_mask: `(rows, tokens)`, 0 where padded, or `None`.
-        grids: for image (1) and video (2), the `(count, 3)` patch grids in order of appearance, or `None`.
+        pieces: for image (1) and video (2), what each medium is, in order of appearance.
         merge_size: patches a side that become one token.
 
     Returns:
@@ -119,16 +137,21 @@ def multimodal_positions(
     """
     rows, tokens = token_types.shape
     positions = torch.zeros(3, rows, tokens, dtype=torch.int64)
-    pending = {kind: iter([] if grid is None else grid.tolist()) for kind, grid in grids.items()}
+    pending = {kind: iter(of_kind) for kind, of_kind in pieces.items()}
     for row in range(rows):
         keep = slice(None) if attention_mask is None else attention_mask[row].bool()
-        pieces = list(_row_positions(token_types[row][keep], pending, merge_size))
-        if pieces:
-            positions[:, row, keep] = torch.cat(pieces, dim=1)
+        runs = list(_row_positions(token_types[row][keep], pending, merge_size))
+        if runs:
+            positions[:, row, keep] = torch.cat(runs, dim=1)
     return positions
 
 
-def _row_positions(types: Tensor, pending: Mapping[int, Iterator[list[int]]], merge_size: int) -> Iterator[Tensor]:
+def _pieces(grid: Tensor | None) -> list[Piece]:
+    """Return the media of `(count, 3)` patch grids, a temporal position a frame."""
+    return [] if grid is None else [(frames, height, width, 1) for frames, height, width in grid.tolist()]
+
+
+def _row_positions(types: Tensor, pending: Mapping[int, Iterator[Piece]], merge_size: int) -> Iterator[Tensor]:
     """Yield the `(3, length)` positions of each run of text and each medium of one unpadded row."""
     kinds, counts = torch.unique_consecutive(types, return_counts=True)
     start = 0
@@ -139,8 +162,8 @@ def _row_positions(types: Tensor, pending: Mapping[int, Iterator[list[int]]], me
             continue
         left = count
         while left > 0:  # media with no text between them form one run
-            frames, height, width = next(pending[kind])
+            frames, height, width, step = next(pending[kind])
             height, width = height // merge_size, width // merge_size
-            yield torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width)).T + start
+            yield torch.cartesian_prod(torch.arange(frames) * step, torch.arange(height), torch.arange(width)).T + start
             start += max(height, width)
             left -= frames * height * width

@@ -24,6 +24,7 @@ from fvlm_vision.render import Rendered, Renderer, ResponseMarks
 from fvlm_vision.resize import resize_policy
 from fvlm_vision.samples import FormattingFunc
 from fvlm_vision.truncation import OVERFLOWS, Overflow, cut_rows, kept_length
+from fvlm_vision.video import VideoReader
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fvlm_vision.encoding import Encoded
     from fvlm_vision.fetch import FetchLimits
     from fvlm_vision.resize import Resize
+    from fvlm_vision.video import VideoOptions
 
 
 class FastVisionDataCollator:
@@ -63,6 +65,7 @@ class FastVisionDataCollator:
         max_image_pixels: images with more pixels are refused undecoded.
         allow_urls: whether HTTP(S) images are fetched.
         url_limits: size and time limits of a fetch.
+        video_options: which frames of videos are taken, and how large; None takes what the processor takes.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -94,6 +97,7 @@ class FastVisionDataCollator:
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         allow_urls: bool = False,
         url_limits: FetchLimits | None = None,
+        video_options: VideoOptions | None = None,
     ) -> None:
         check_processor(processor)
         if overflow not in OVERFLOWS:
@@ -113,6 +117,7 @@ class FastVisionDataCollator:
         self.media_ids = media_token_ids(facts, model.config, processor).all
         self.keeps_empty_batches = False  # set by FastVisionTrainer, which can go on after a batch of skipped samples
         images = ImageReader(positive("max_image_pixels", max_image_pixels) or MAX_IMAGE_PIXELS, allow_urls, url_limits)
+        videos = VideoReader(processor, images, video_options)
         vision = model.config.to_dict().get("vision_config") or {}
         policy = resize_policy(
             resize,
@@ -130,10 +135,11 @@ class FastVisionDataCollator:
             Renderer(processor, train_on_responses_only, marks),
             images,
             policy,
+            videos,
             formatting_func,
             media_text_pattern(processor, self.media_ids),
         )
-        self._encoder = Encoder(processor, self.pad_to_multiple_of)
+        self._encoder = Encoder(processor, self.pad_to_multiple_of, videos.settings())
         # A processor that returns labels of its own tells by token types which tokens see what follows them
         # (PaliGemma's prefix): what is learned must not.
         self._has_prefix = {"token_type_ids", "labels"} <= set(processor.model_input_names)
@@ -228,11 +234,11 @@ class FastVisionDataCollator:
 
     def _encode(self, items: list[Item]) -> Encoded:
         try:
-            return self._encoder.encode([item.rendered for item in items], [item.images for item in items])
+            return self._encoder.encode(items)
         except DataError as error:
             for item in items:  # which of them was it?
                 try:
-                    self._encoder.encode([item.rendered], [item.images])
+                    self._encoder.encode([item])
                 except DataError as own:
                     raise placed(own, item.row, item.where) from own.__cause__
             raise error

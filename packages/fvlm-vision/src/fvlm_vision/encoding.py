@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import ProcessorMixin
 
+    from fvlm_vision.reading import Item
     from fvlm_vision.render import Rendered
+    from fvlm_vision.video import Video
 
     Images = Sequence[Sequence[Image.Image]]
+    Videos = Sequence[Sequence[Video]]
 
 _REFUSALS = (ValueError, RuntimeError, ZeroDivisionError)  # what processors raise for pixels or text they cannot take
 _NOT_FOR_THE_MODEL = ("offset_mapping", "text_replacement_offsets", "labels")
@@ -47,11 +50,15 @@ class Encoder:
     Args:
         processor: the family's processor.
         pad_to_multiple_of: as in the tokenizer's call.
+        videos_kwargs: of the video processor's call.
     """
 
-    def __init__(self, processor: ProcessorMixin, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(
+        self, processor: ProcessorMixin, pad_to_multiple_of: int | None, videos_kwargs: dict[str, Any]
+    ) -> None:
         self.processor = processor
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.videos_kwargs = videos_kwargs
         self._media_names = {
             name
             for part in ("image_processor", "video_processor")
@@ -59,24 +66,25 @@ class Encoder:
             for name in getattr(processor, part).model_input_names
         }
 
-    def encode(self, texts: Sequence[Rendered], images: Images) -> Encoded:
+    def encode(self, items: Sequence[Item]) -> Encoded:
         """Return the batch.
 
         Args:
-            texts: one for each sample.
-            images: RGB images of each sample, in the order of its placeholders.
+            items: the samples.
 
         Raises:
             DataError: the processor refuses the batch.
             ConfigError: spans are needed and the processor or tokenizer does not tell where its tokens come from.
         """
-        with_spans = any(text.trained is not None for text in texts)
+        texts = [item.rendered for item in items]
+        images, videos = [item.images for item in items], [item.videos for item in items]
+        with_spans = any(videos) or any(text.trained is not None for text in texts)
         if with_spans and not self.processor.tokenizer.is_fast:
             raise ConfigError(
                 f"{type(self.processor.tokenizer).__name__} does not tell where tokens come from, so part of a sample "
                 "cannot be trained alone; use the fast tokenizer."
             )
-        output = self._process([text.text for text in texts], images, with_spans)
+        output = self._process([text.text for text in texts], images, videos, with_spans)
         batch = {name: _tensor(value) for name, value in output.items() if name not in _NOT_FOR_THE_MODEL}
         trained = None
         if with_spans:
@@ -95,11 +103,12 @@ class Encoder:
         laid_out = self.processor.prepare_inputs_layout(images=sources, text=list(texts))[1]
         return texts if laid_out is None else list(laid_out)
 
-    def _process(self, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any]:
+    def _process(self, texts: list[str], images: Images, videos: Videos, with_spans: bool) -> dict[str, Any]:
         try:
-            return self._call(self.processor, texts, images, with_spans)
+            return self._call(self.processor, texts, images, videos, with_spans)
         except _REFUSALS as error:
-            if any(images) and not all(images):  # some families' checks refuse text-only samples beside others
+            # Some families' checks refuse text-only samples beside others; none of them takes videos.
+            if any(images) and not all(images) and not any(videos):
                 mixed = self._process_mixed(texts, images, with_spans)
                 if mixed is not None:
                     return mixed
@@ -114,7 +123,7 @@ class Encoder:
         vars(processor)["validate_inputs"] = lambda *_, **__: None
         order = sorted(range(len(texts)), key=lambda row: not images[row])
         try:
-            output = self._call(processor, [texts[i] for i in order], [images[i] for i in order], with_spans)
+            output = self._call(processor, [texts[i] for i in order], [images[i] for i in order], [], with_spans)
         except _REFUSALS:
             return None
         rows, with_images = len(texts), sum(map(bool, images))
@@ -132,7 +141,9 @@ class Encoder:
             restored[name] = tensor[back]
         return restored
 
-    def _call(self, processor: ProcessorMixin, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any]:
+    def _call(
+        self, processor: ProcessorMixin, texts: list[str], images: Images, videos: Videos, with_spans: bool
+    ) -> dict[str, Any]:
         text_kwargs: dict[str, Any] = {"padding": True, "padding_side": "right"}
         if self.pad_to_multiple_of is not None:
             text_kwargs["pad_to_multiple_of"] = self.pad_to_multiple_of
@@ -145,19 +156,33 @@ class Encoder:
         arguments: dict[str, Any] = {"text": list(texts), "text_kwargs": text_kwargs}
         if any(images):
             arguments |= {"images": [list(row) for row in images], "images_kwargs": {"return_tensors": "pt"}}
+        flat = [video for row in videos for video in row]
+        if flat:
+            metadata = [video.metadata for video in flat]
+            arguments["videos"] = [video.frames for video in flat]
+            arguments["videos_kwargs"] = {**self.videos_kwargs, "video_metadata": metadata, "return_tensors": "pt"}
         return dict(processor(**arguments))
 
 
 def _tensor(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
+    if isinstance(value, torch.Tensor):
+        return value
+    array = np.asarray(value)
+    return torch.from_numpy(
+        array.astype(np.float32) if array.dtype == np.float64 else array
+    )  # as `return_tensors` does
 
 
 def _trained_tokens(
     text: Rendered, laid_out: str, offsets: torch.Tensor, replacements: list[dict[str, Any]]
 ) -> torch.Tensor:
-    """Return which tokens lie in the text's trained spans, after insertions and then replacements moved them."""
+    """Return which tokens lie in the text's trained spans, after insertions and then replacements moved them.
+
+    What stands for a video is not among them, the times that a processor writes between its frames included.
+    """
+    in_videos = tokens_in([tuple(piece["new_span"]) for piece in replacements if piece["type"] == "video"], offsets)
     if text.trained is None:
-        return torch.ones(len(offsets), dtype=torch.bool)
+        return ~in_videos
     pieces: list[tuple[Span, Span]] = [(tuple(piece["span"]), tuple(piece["new_span"])) for piece in replacements]
     ((length, _),) = move([(len(laid_out), len(laid_out))], pieces)
     inserted = insertion(text.text, laid_out)
@@ -166,4 +191,4 @@ def _trained_tokens(
             "this processor does not tell where it put its media, so part of a sample cannot be trained alone; train "
             "on whole conversations."
         )
-    return tokens_in(move(move(text.trained, [inserted]), pieces), offsets)
+    return tokens_in(move(move(text.trained, [inserted]), pieces), offsets) & ~in_videos

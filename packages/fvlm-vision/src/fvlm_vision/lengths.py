@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from fvlm_core.errors import DataError
@@ -37,6 +38,7 @@ class TokenCounter:
         self.reader = reader
         self.limit = limit
         self._of_size: dict[tuple[int, int], int] = {}
+        self._of_video: dict[tuple[Any, ...], int] = {}
         self._marks: int | None = None
 
     def lengths(self, rows: Any, column: str = "length") -> list[int]:
@@ -66,7 +68,8 @@ class TokenCounter:
                     lengths[number] = row[column]
                     continue
                 conversation, texts[number] = self.reader.text(row)
-                lengths[number] = sum(self._image_tokens(source) for source in conversation.images)
+                lengths[number] = sum(map(self._image_tokens, conversation.images))
+                lengths[number] += sum(map(self._video_tokens, conversation.videos))
             except DataError as error:
                 raise placed(error, number, "") from error
         if texts:
@@ -88,18 +91,31 @@ class TokenCounter:
 
     def _tokens_of_size(self, width: int, height: int) -> int:
         if not hasattr(self.processor, "_get_num_multimodal_tokens"):  # what vLLM plans its batches with
-            return self._blank_tokens(width, height)
+            return self._blank_image_tokens(width, height)
         if self._marks is None:
-            self._marks = self._blank_tokens(64, 64) - self._worked_out(64, 64)
+            self._marks = self._blank_image_tokens(64, 64) - self._worked_out(64, 64)
         return self._worked_out(width, height) + self._marks
 
     def _worked_out(self, width: int, height: int) -> int:
         counts: list[int] = self.processor._get_num_multimodal_tokens([(height, width)])["num_image_tokens"]
         return counts[0]
 
-    def _blank_tokens(self, width: int, height: int) -> int:
-        mark = (self.processor.tokenizer.bos_token or "") + self.processor.image_token
+    def _blank_image_tokens(self, width: int, height: int) -> int:
+        return self._blank_tokens(self.processor.image_token, images=[[Image.new("RGB", (width, height))]])
+
+    def _video_tokens(self, source: Any) -> int:
+        """Return how many tokens a video has beyond its placeholder: as many as a blank one of its size and times."""
+        metadata = self.reader.videos.look(source)
+        key = (*metadata["frames_indices"], metadata["fps"], metadata["width"], metadata["height"])
+        if key not in self._of_video:
+            shape = len(metadata["frames_indices"]), 3, metadata["height"], metadata["width"]
+            settings = {**self.reader.videos.settings(), "video_metadata": [metadata], "return_tensors": "pt"}
+            blank = torch.zeros(shape, dtype=torch.uint8)
+            self._of_video[key] = self._blank_tokens(self.processor.video_token, videos=[blank], videos_kwargs=settings)
+        return self._of_video[key]
+
+    def _blank_tokens(self, token: str, **media: Any) -> int:
+        mark = (self.processor.tokenizer.bos_token or "") + token
         plain = {"add_special_tokens": False}
-        blank = Image.new("RGB", (width, height))
-        whole = self.processor(text=[mark], images=[[blank]], text_kwargs=plain)["input_ids"][0]
+        whole = self.processor(text=[mark], text_kwargs=plain, **media)["input_ids"][0]
         return len(whole) - len(self.processor.tokenizer([mark], **plain)["input_ids"][0])

@@ -132,7 +132,7 @@ class ImageReader:
             raise DataError(f"the image {name} is empty; replace it or drop the sample.")
         try:
             image = Image.open(io.BytesIO(encoded))
-            self._check_size(image.size)  # the header alone has been read: nothing large is allocated yet
+            self.check_size(image.size)  # the header alone has been read: nothing large is allocated yet
             if decode:
                 self._note_animation(image, name)
                 image.load()
@@ -151,7 +151,8 @@ class ImageReader:
         self._animation_noted = True
         logger.warning("the image %s is animated: its first frame is used (for any other too; said once).", name)
 
-    def _check_size(self, size: tuple[int, int]) -> None:
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise a `DataError` unless an image of this (width, height) has pixels, and not too many of them."""
         width, height = size
         if width < 1 or height < 1:
             raise DataError(f"an image of {width}×{height} pixels has nothing in it; replace it or drop the sample.")
@@ -162,7 +163,7 @@ class ImageReader:
             )
 
     def _upright_rgb(self, image: Image.Image) -> Image.Image:
-        self._check_size(image.size)
+        self.check_size(image.size)
         try:
             image = ImageOps.exif_transpose(image)
             return _to_rgb(image)
@@ -177,7 +178,7 @@ class ImageReader:
         if 0 in pixels.shape:
             raise DataError(f"an image array of shape {pixels.shape} has nothing in it; replace it or drop the sample.")
         pixels = _channels_last(pixels, channels_first)
-        self._check_size((pixels.shape[1], pixels.shape[0]))
+        self.check_size((pixels.shape[1], pixels.shape[0]))
         pixels = _to_uint8(pixels)
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from fvlm_vision.media import ImageReader
+    from fvlm_vision.places import Kind
     from fvlm_vision.resize import ResizePolicy
+    from fvlm_vision.video import Video, VideoReader
 
 
 @dataclass
@@ -28,12 +30,14 @@ class Item:
     Args:
         rendered: its text and trained spans.
         images: its images at the size that was asked for, in the order of their placeholders.
+        videos: its videos, the same way.
         row: its row in the dataset, where it carries one.
         place: its number in the batch.
     """
 
     rendered: Rendered
     images: list[Image.Image]
+    videos: list[Video]
     row: int | None
     place: int
 
@@ -51,6 +55,7 @@ class SampleReader:
         renderer: turns conversations into text.
         images: opens images.
         resize: gives them their size.
+        videos: opens videos.
         formatting_func: turns a row into one of the accepted shapes.
         media_text: matches what no author's text may hold.
     """
@@ -61,6 +66,7 @@ class SampleReader:
         renderer: Renderer,
         images: ImageReader,
         resize: ResizePolicy,
+        videos: VideoReader,
         formatting_func: FormattingFunc | None,
         media_text: re.Pattern[str] | None,
     ) -> None:
@@ -68,6 +74,7 @@ class SampleReader:
         self.renderer = renderer
         self.images = images
         self.resize = resize
+        self.videos = videos
         self.formatting_func = formatting_func
         self.media_text = media_text
 
@@ -85,9 +92,10 @@ class SampleReader:
         try:
             conversation, rendered = self.text(sample)
             images = [self.resize.apply(self.images.read(source)) for source in conversation.images]
+            videos = [self.videos.read(source) for source in conversation.videos]
         except DataError as error:
             raise placed(error, row, f"sample {place} of the batch") from error
-        return Item(rendered, images, row, place)
+        return Item(rendered, images, videos, row, place)
 
     def text(self, sample: Any) -> tuple[Conversation, Rendered]:
         """Return a sample's conversation and its text, without opening its media.
@@ -101,17 +109,24 @@ class SampleReader:
                 found = self.media_text.search(text)
                 if found:
                     raise DataError(
-                        f"a text holds {found.group()!r}, which stands for an image; remove it, or put "
+                        f"a text holds {found.group()!r}, which stands for an image or a video; remove it, or put "
                         '{"type": "image"} where the image belongs.'
                     )
         rendered = self.renderer.render(conversation)
-        placeholders = rendered.text.count(self.processor.image_token)
-        if placeholders != len(conversation.images):
-            raise DataError(
-                f"the chat template writes {placeholders} image placeholders for {len(conversation.images)} images; "
-                "give its messages the content that it reads."
-            )
+        self._check_placeholders(rendered.text, "image", len(conversation.images))
+        if conversation.videos:
+            self._check_placeholders(rendered.text, "video", len(conversation.videos))
         return conversation, rendered
+
+    def _check_placeholders(self, text: str, kind: Kind, count: int) -> None:
+        if kind == "video" and self.videos.processor is None:
+            raise DataError("this model takes no videos; give the frames as images, or drop the sample.")
+        token = self.processor.image_token if kind == "image" else self.processor.video_token
+        if text.count(token) != count:
+            raise DataError(
+                f"the chat template writes {text.count(token)} {kind} placeholders for {count} {kind}s; give its "
+                "messages the content that it reads."
+            )
 
     def on_responses_only(self, marks: ResponseMarks | None) -> SampleReader:
         """Return a copy of this reader whose spans are what the assistant says."""

@@ -22,7 +22,7 @@ def _planner(model: PreTrainedModel) -> QwenPlanner:
     return QwenPlanner(
         merge_size=vision.spatial_merge_size,
         patch_size=vision.patch_size,
-        timed_videos=True,
+        tokens_per_second=vision.tokens_per_second,
         window_size=vision.window_size,
     )
 

@@ -20,7 +20,7 @@ def _planner(model: PreTrainedModel) -> QwenPlanner:
     from fvlm_core.batch_plan import QwenPlanner  # needs torch, which reading facts does not
 
     vision = model.config.vision_config
-    return QwenPlanner(merge_size=vision.spatial_merge_size, patch_size=vision.patch_size, timed_videos=False)
+    return QwenPlanner(merge_size=vision.spatial_merge_size, patch_size=vision.patch_size)
 
 
 FACTS = ArchFacts(

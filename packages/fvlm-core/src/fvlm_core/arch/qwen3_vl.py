@@ -23,7 +23,7 @@ def _planner(model: PreTrainedModel) -> QwenPlanner:
     return QwenPlanner(
         merge_size=vision.spatial_merge_size,
         patch_size=vision.patch_size,
-        timed_videos=True,
+        frames_apart=True,
         grid_per_side=tower.num_grid_per_side,
         interpolation=(tower.interpolation_mode, tower.interpolation_align_corners),
     )

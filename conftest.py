@@ -1,4 +1,4 @@
-"""What all the workspace's test runs share: where the tests marked `gpu` run, and a stock that does not depend on the CPU."""
+"""What all the test runs share: where the tests marked `gpu` run, and a stock that does not depend on the CPU."""
 
 from __future__ import annotations
 

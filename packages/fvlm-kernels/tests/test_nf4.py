@@ -186,9 +186,7 @@ def test_compiles_as_one_graph(impl, device):
     buffers = [torch.zeros(8, 64, device=device) for _ in range(2)]
     fused = torch.compile(layer, fullgraph=True, backend=backend)(x, *parts, buffers[0])
     torch.testing.assert_close(fused, layer(x, *parts, buffers[1]))
-    if (
-        impl == "torch" and backend == "inductor"
-    ):  # it generates code of its own, which contracts code · absmax + offset
+    if impl == "torch" and backend == "inductor":  # its own code contracts code · absmax + offset
         torch.testing.assert_close(*buffers)
     else:
         assert same_bits(*buffers)

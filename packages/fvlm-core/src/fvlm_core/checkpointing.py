@@ -15,6 +15,7 @@ costs its forward pass only. Recomputation is non-reentrant, so a frozen embeddi
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from types import MethodType
@@ -24,6 +25,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fvlm_core.errors import ConfigError
+from fvlm_core.graphs import LayerGraphs
 from fvlm_core.offload import offloaded
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHOSEN = "_fvlm_checkpointing"
+_GRAPHS = "_fvlm_graphs"
 _ALIASES: dict[bool | str, bool | str] = {
     False: False,
     True: True,
@@ -49,10 +52,11 @@ class Recompute:
 
     Args:
         offload: whether the layer's input waits in pinned host memory for the backward pass.
+        graphs: runs layers as CUDA graphs where it can; None: they always run as they are.
     """
 
-    def __init__(self, offload: bool) -> None:
-        self.offload = offload
+    def __init__(self, offload: bool, graphs: LayerGraphs | None = None) -> None:
+        self.offload, self.graphs = offload, graphs
 
     @property
     def mode(self) -> bool | str:
@@ -61,7 +65,15 @@ class Recompute:
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
         """Run ``layer(*args)``; in the backward pass, run it again."""
-        if not torch.is_grad_enabled() or not _carries_gradient(layer, args):
+        if not torch.is_grad_enabled():
+            return layer(*args)
+        if self.graphs is not None:
+            offloading = offloaded(args[0]) if self.offload and args else nullcontext()
+            with offloading:
+                out = self.graphs.run(layer, args)
+            if out is not None:
+                return out
+        if not _carries_gradient(layer, args):
             return layer(*args)
         if self.offload and args and isinstance(args[0], torch.Tensor):
             # The first positional argument is the hidden state. What else comes along (masks, rotary tables) is shared
@@ -130,6 +142,24 @@ def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
     return chosen
 
 
+def use_graphs(model: nn.Module, graphs: LayerGraphs | None) -> None:
+    """Let a model's checkpointed layers run as CUDA graphs, or, with None, no longer.
+
+    Args:
+        model: a transformers model with fused layers, or a `peft.PeftModel` around one.
+        graphs: makes and keeps the recordings.
+    """
+    base = _base_model(model)
+    vars(base)[_GRAPHS] = graphs
+    resume_checkpointing(model)
+
+
+def graphs_of(model: nn.Module) -> LayerGraphs | None:
+    """Return what runs a model's checkpointed layers as CUDA graphs, or None."""
+    found: Any = vars(_base_model(model)).get(_GRAPHS)
+    return found if isinstance(found, LayerGraphs) else None
+
+
 def remove_checkpointing(model: nn.Module) -> None:
     """Turn checkpointing off, and give the model its own ``gradient_checkpointing_enable`` back."""
     base = _base_model(model)
@@ -174,7 +204,7 @@ def _supports(base: PreTrainedModel) -> bool:
 
 def _switch(base: PreTrainedModel, mode: bool | str) -> None:
     if mode is not False:
-        function = Recompute(offload=mode == "offload")
+        function = Recompute(offload=mode == "offload", graphs=vars(base).get(_GRAPHS))
         base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     elif base.supports_gradient_checkpointing:
         base.gradient_checkpointing_disable()

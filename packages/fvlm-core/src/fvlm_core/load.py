@@ -8,7 +8,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 from fvlm_core.checkpoint import Source, check_weights, find_source, read_config
+from fvlm_core.checkpointing import use_graphs
 from fvlm_core.errors import CheckpointError, ConfigError
+from fvlm_core.fused import fuse_model
+from fvlm_core.graphs import LayerGraphs
 from fvlm_core.origin import Origin, set_origin
 from fvlm_core.placement import choose_device_map, main_device
 from fvlm_core.precision import Precision, choose_dtype
@@ -55,6 +58,7 @@ def load_model(
     token: str | bool | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    fused_layers: bool | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load an image-text-to-text model.
@@ -67,6 +71,8 @@ def load_model(
         token: for private or gated repositories of the Hub. It is passed on and never kept.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run model code that the checkpoint brings along.
+        fused_layers: run fused layers in the place of the model's own (`fvlm_core.fused`); None: where the whole model
+            lies on a GPU.
         **kwargs: options of transformers' ``from_pretrained``: those of `HUB_OPTIONS` and `MODEL_OPTIONS`.
 
     Returns:
@@ -101,6 +107,10 @@ def load_model(
     model.requires_grad_(settled is Precision.FULL)
     if "attn_implementation" not in options:
         _attend_packed(model)
+    if fused_layers is True or (fused_layers is None and all(p.is_cuda for p in model.parameters())):
+        logger.info("%s", fuse_model(model).summary)
+        if main_device(placed).type == "cuda":
+            use_graphs(model, LayerGraphs())
     origin = Origin(
         source=source.name,
         revision=revision,
@@ -119,7 +129,7 @@ def check_options(kwargs: dict[str, Any]) -> None:
     Raises:
         ConfigError: one is unknown; the message names the nearest known one.
     """
-    known = (*HUB_OPTIONS, *MODEL_OPTIONS)
+    known = (*HUB_OPTIONS, *MODEL_OPTIONS, "fused_layers")
     for name in kwargs:
         if name not in known:
             near = get_close_matches(name, known, n=1)

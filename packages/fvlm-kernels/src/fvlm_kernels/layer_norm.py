@@ -311,6 +311,7 @@ def layer_norm(
     eps: float = ...,
     *,
     residual: None = ...,
+    out_dtype: torch.dtype | None = ...,
     impl: Impl | None = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -321,6 +322,7 @@ def layer_norm(
     eps: float = ...,
     *,
     residual: torch.Tensor,
+    out_dtype: torch.dtype | None = ...,
     impl: Impl | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def layer_norm(
@@ -330,6 +332,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalize the last dimension to mean 0 and variance 1, scale and shift it; see the module for the maths.
@@ -340,10 +343,12 @@ def layer_norm(
         bias: ``(N,)``, floating, or ``None``.
         eps: added to the variance.
         residual: same shape and dtype as ``x``; added to it before the norm.
+        out_dtype: of ``y``; ``None`` for ``x``'s, or fp32 under CUDA autocast, as ``torch.nn.functional.layer_norm``
+            gives there.
         impl: ``"triton"``, ``"torch"``, or ``None`` for Triton on a GPU and PyTorch elsewhere.
 
     Returns:
-        ``y`` of ``x``'s shape and dtype (fp32 under CUDA autocast, as ``torch.nn.functional.layer_norm`` gives there).
+        ``y`` of ``x``'s shape and of ``out_dtype``.
         With a residual ``(y, h)``, where ``h = x + residual`` has ``x``'s dtype.
 
     Raises:
@@ -354,7 +359,8 @@ def layer_norm(
         >>> y, hidden = layer_norm(attention_out, norm.weight, norm.bias, norm.eps, residual=hidden)
     """
     check_norm("layer_norm", x, weight, bias, residual)
-    out_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    if out_dtype is None:
+        out_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
     if not use_triton(impl, x, weight, bias):
         y, h = _ref(x, weight, bias, eps, residual, out_dtype)
         return y if residual is None else (y, h)

@@ -241,8 +241,8 @@ def _rotary(
         BLOCK_R=block_r,
         BLOCK_T=next_power_of_two(tail),
         num_warps=4,
-        # LLVM narrows a rounded product of two bf16 numbers to bf16's own multiplication, which ptxas would contract with
-        # the sum after it to one rounding: on an H100 22 % of the elements were another number than eager's.
+        # LLVM narrows a rounded product of two bf16 numbers to bf16's own multiplication, which ptxas would contract
+        # with the sum after it to one rounding: on an H100 22 % of the elements were another number than eager's.
         enable_fp_fusion=not round_products,
     )
     return q_out, k_out

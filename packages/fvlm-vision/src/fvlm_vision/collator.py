@@ -225,6 +225,8 @@ class FastVisionDataCollator:
             batch = packed(batch, self._packing, per_token, self._fill(), self.ignore_index, multiple)
         if self.plan_loss:
             batch["label_rows"] = label_rows(batch["labels"], self.ignore_index)
+            if "position_ids" in batch and _only_trailing_padding(batch):
+                del batch["attention_mask"]
         return batch
 
     def _fill(self) -> dict[str, int]:
@@ -280,3 +282,12 @@ class FastVisionDataCollator:
         types = {"token_type_ids", "mm_token_type_ids"} & set(self.processor.model_input_names)
         batch |= {name: torch.zeros_like(ids) for name in types}
         return self._finish({**batch, "labels": torch.full_like(ids, self.ignore_index)}, tuple(batch))
+
+
+def _only_trailing_padding(batch: dict[str, Any]) -> bool:
+    """Tell whether a mask hides nothing from any token but what comes after it, which a causal model never sees.
+
+    Without it attention needs no mask in memory, and nobody has to ask the device whether it masks anything.
+    """
+    mask = batch.get("attention_mask")
+    return mask is not None and mask.dim() == 2 and bool((mask.diff(dim=1) <= 0).all())

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from trl import SFTTrainer
 
 from fvlm_core.errors import ConfigError
+from fvlm_core.fused import LEARNED_TOKENS
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.overflow import OverflowLog
 from fvlm_vision.rows import training_rows
@@ -124,8 +125,12 @@ class FastVisionTrainer(SFTTrainer):
         loss, outputs = transformers.Trainer.compute_loss(
             self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        logits = outputs.get("logits") if isinstance(outputs, dict) else None
-        if labels is not None and logits is not None and logits.shape[:2] == labels.shape:
+        logits, counted = (
+            outputs.get(key) if isinstance(outputs, dict) else None for key in ("logits", LEARNED_TOKENS)
+        )
+        if counted is not None:
+            self._counts[self._mode()].append(counted)
+        elif labels is not None and logits is not None and logits.shape[:2] == labels.shape:
             self._counts[self._mode()].append(_correct_and_all(logits.detach(), labels))
         return (loss, outputs) if return_outputs else loss
 

@@ -60,6 +60,7 @@ class ArchFacts:
             that `fvlm_core.attention` can serve it without a loop over images.
         planner: makes what precomputes a batch's positions and boundaries for a model of this family
             (`fvlm_core.batch_plan`), or None for a family that derives nothing from its images' sizes.
+        fused: class names of modules → the kind of fused layer that takes their place (`fvlm_core.fused.table`).
         generic: derived from the module tree, not written by hand.
     """
 
@@ -77,6 +78,7 @@ class ArchFacts:
     media: MediaTokens = field(default_factory=MediaTokens)
     packs_images: bool = False
     planner: Callable[[PreTrainedModel], QwenPlanner] | None = None
+    fused: Mapping[str, str] = field(default_factory=dict)
     generic: bool = False
 
     def towers(self) -> dict[Tower, tuple[str, ...]]:

@@ -43,4 +43,15 @@ FACTS = ArchFacts(
     ),
     packs_images=True,
     planner=_planner,
+    fused={
+        "Qwen2_5_VLForConditionalGeneration": "task_model",
+        "Qwen2_5_VLDecoderLayer": "decoder_layer",
+        "Qwen2_5_VLAttention": "attention",
+        "Qwen2MLP": "gated_mlp",
+        "Qwen2_5_VLRMSNorm": "rms_norm",
+        "Qwen2_5_VLVisionBlock": "vision_block",
+        "Qwen2_5_VLVisionAttention": "vision_attention",
+        "Qwen2_5_VLMLP": "gated_mlp",
+        "Qwen2_5_VisionPatchEmbed": "patch_embed",
+    },
 )

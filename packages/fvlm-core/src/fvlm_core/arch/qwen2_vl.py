@@ -39,4 +39,15 @@ FACTS = ArchFacts(
     ),
     packs_images=True,
     planner=_planner,
+    fused={
+        "Qwen2VLForConditionalGeneration": "task_model",
+        "Qwen2VLDecoderLayer": "decoder_layer",
+        "Qwen2VLAttention": "attention",
+        "Qwen2MLP": "gated_mlp",
+        "Qwen2VLRMSNorm": "rms_norm",
+        "Qwen2VLVisionBlock": "vision_block",
+        "VisionAttention": "vision_attention",
+        "VisionMlp": "plain_mlp",
+        "PatchEmbed": "patch_embed",
+    },
 )

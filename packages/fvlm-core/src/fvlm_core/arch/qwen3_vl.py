@@ -45,4 +45,15 @@ FACTS = ArchFacts(
     ),
     packs_images=True,
     planner=_planner,
+    fused={
+        "Qwen3VLForConditionalGeneration": "task_model",
+        "Qwen3VLTextDecoderLayer": "decoder_layer",
+        "Qwen3VLTextAttention": "attention",
+        "Qwen3VLTextMLP": "gated_mlp",
+        "Qwen3VLTextRMSNorm": "rms_norm",
+        "Qwen3VLVisionBlock": "vision_block",
+        "Qwen3VLVisionAttention": "vision_attention",
+        "Qwen3VLVisionMLP": "plain_mlp",
+        "Qwen3VLVisionPatchEmbed": "patch_embed",
+    },
 )

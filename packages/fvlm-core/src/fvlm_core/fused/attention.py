@@ -1,0 +1,106 @@
+"""Self-attention of the language models: query, key and value in one function, one rotation, the model's attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fvlm_core.fused.adapted import project
+from fvlm_kernels import rotary
+
+_NEEDED = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def attention_unfit(module: nn.Module) -> str | None:
+    """Say why an attention layer cannot be fused, or None."""
+    missing = [name for name in _NEEDED if name not in module._modules]
+    return f"has no {missing[0]}" if missing else None
+
+
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Call the attention that the model's config names, as the replaced layers do.
+
+    Args:
+        module: the attention layer.
+        q, k, v: ``(batch, heads, tokens, head_dim)``; k and v may have fewer heads.
+        mask: as the model made it for that attention, or None.
+        **kwargs: what else the interface takes.
+
+    Returns:
+        ``(batch, tokens, heads, head_dim)`` and the weights, or None for them.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    chosen = module.config._attn_implementation
+    function = eager_attention if chosen in (None, "eager") else ALL_ATTENTION_FUNCTIONS[chosen]
+    out: tuple[Tensor, Any] = function(module, q, k, v, mask, scaling=module.scaling, **kwargs)
+    return out
+
+
+def eager_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention by two matrix products with the softmax in fp32, returning its weights; transformers' eager form."""
+    import torch
+
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(q, k.transpose(2, 3)) * scaling
+    if mask is not None:
+        scores = scores + mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, v).transpose(1, 2).contiguous(), weights
+
+
+def attention_forward(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attend as the layers of the Llama kind do, with or without norms on the heads of queries and keys.
+
+    Args:
+        module: the attention layer.
+        hidden_states: ``(batch, tokens, hidden)``.
+        attention_mask: as the model made it, or None.
+        position_ids: passed on to the attention.
+        past_key_values: the cache, or None.
+        position_embeddings: cosines and sines ``(batch, tokens, head_dim)``.
+        **kwargs: passed on to the attention.
+
+    Returns:
+        ``(batch, tokens, hidden)`` and the attention weights, or None for them.
+    """
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    made = project(hidden_states, (module.q_proj, module.k_proj, module.v_proj), module.training)
+    q, k, v = (x.view(shape) for x in made)
+    if "q_norm" in module._modules:
+        q, k = module.q_norm(q), module.k_norm(k)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if position_embeddings is None:
+        raise TypeError("position_embeddings is missing; the language model makes it and hands it to every layer")
+    q, k = rotary(q, k, *position_embeddings)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, module.layer_idx)
+    if "sliding_window" in vars(module):
+        kwargs["sliding_window"] = module.sliding_window
+    out, weights = attend(
+        module,
+        q,
+        k,
+        v,
+        attention_mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        position_ids=position_ids,
+        **kwargs,
+    )
+    out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+    (out,) = project(out, (module.o_proj,), module.training)
+    return out, weights

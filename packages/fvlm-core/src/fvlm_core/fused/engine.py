@@ -1,0 +1,132 @@
+"""Binding fused forwards to the modules that a family's table names, and taking them off again."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from fvlm_core.arch import facts_for, plain_modules, task_model
+from fvlm_core.errors import CheckpointError
+from fvlm_core.fused.adapted import forget
+from fvlm_core.fused.table import LAYERS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_REPORT = "_fvlm_fused"
+_KIND = "fvlm_kind"
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What was replaced in a model, and what was left.
+
+    Attributes:
+        fused: names of the modules that have a fused forward → the kind of it.
+        left: names of modules that the table names but that keep their own → why.
+    """
+
+    fused: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many modules of each kind, and the reasons for what was left."""
+        if not self.fused and not self.left:
+            return "no fused layers: the family has no table of them"
+        counted = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(self.fused.values()).items()))
+        reasons = "; ".join(f"{count} {reason}" for reason, count in Counter(self.left.values()).items())
+        return f"fused: {counted or 'nothing'}" + (f"; left as they are: {reasons}" if reasons else "")
+
+
+def fuse_model(model: nn.Module) -> FusionReport:
+    """Give the modules that the model's family lists their fused forwards.
+
+    Call it again after modules were added or exchanged; what is fused already stays.
+
+    Args:
+        model: a task model, or PEFT's wrapper around one.
+
+    Returns:
+        What was done, which `fusion_report` returns from now on.
+
+    Raises:
+        CheckpointError: the family's table names a class that the model does not have.
+    """
+    table = dict(facts_for(model).fused)
+    fused: dict[str, str] = {}
+    left: dict[str, str] = {}
+    met: set[str] = set()
+    for name, module in plain_modules(model):
+        kind = table.get(type(module).__name__)
+        if kind is None:
+            continue
+        met.add(type(module).__name__)
+        reason = _bind(module, kind)
+        if reason is None:
+            fused[name] = kind
+        else:
+            left[name] = reason
+    missing = sorted(set(table) - met)
+    if missing:
+        raise CheckpointError(
+            f"The table of fused layers of {facts_for(model).model_type!r} names {missing[0]}, which the model does "
+            "not have: pass fused_layers=False to load it without them, and report the version of transformers."
+        )
+    report = FusionReport(fused, left)
+    vars(task_model(model))[_REPORT] = report
+    return report
+
+
+def unfuse_model(model: nn.Module) -> None:
+    """Take all fused forwards off, so that every module is what it was."""
+    for module in model.modules():
+        if kind_of(module) is not None:
+            del vars(module)["forward"]
+        forget(module)
+    vars(task_model(model)).pop(_REPORT, None)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Return what `fuse_model` did to a model; an empty report where nothing was done."""
+    report: Any = vars(task_model(model)).get(_REPORT)
+    return report if isinstance(report, FusionReport) else FusionReport()
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Return the kind of the fused forward that a module has, or None."""
+    own = vars(module).get("forward")
+    kind: str | None = getattr(own, _KIND, None)
+    return kind
+
+
+def _bind(module: nn.Module, kind: str) -> str | None:
+    """Bind the fused forward of a kind to a module; return why not where it cannot be."""
+    if kind_of(module) == kind:
+        return None
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    layer = LAYERS[kind]
+    reason = layer.unfit(module)
+    if reason is None:
+        vars(module)["forward"] = MethodType(_with_signature(layer.forward, type(module).forward, kind), module)
+    return reason
+
+
+@functools.cache
+def _with_signature(forward: Callable[..., Any], replaced: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Return a fused forward that shows the signature of the one it replaces, which generation and trainers read."""
+
+    @functools.wraps(replaced)
+    def bound(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs)
+
+    setattr(bound, _KIND, kind)
+    return bound

@@ -1,0 +1,84 @@
+"""Feed-forward layers, gated or not, as one autograd function with their adapters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from fvlm_core.fused.adapted import adapted, is_decoding
+from fvlm_kernels import lora_mlp
+from fvlm_kernels.lora_mlp import Activation
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "QuickGELUActivation": "quick_gelu",
+    "GELUTanh": "gelu_tanh",
+}
+_PLAIN_NAMES = (("fc1", "fc2"), ("linear_fc1", "linear_fc2"))
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """Return the kernels' name of an activation module, or None for one that they do not have."""
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return _ACTIVATIONS.get(type(module).__name__)
+
+
+def _act(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "act_fn", None)
+    return cast("nn.Module", module.act if inner is None else inner)
+
+
+def gated_unfit(module: nn.Module) -> str | None:
+    """Say why a gated MLP cannot be fused, or None."""
+    act = _act(module)
+    known = activation_of(act)
+    return None if known not in (None, "quick_gelu") else f"has the activation {type(act).__name__}"
+
+
+def plain_unfit(module: nn.Module) -> str | None:
+    """Say why a plain MLP cannot be fused, or None."""
+    act = _act(module)
+    known = activation_of(act)
+    return None if known not in (None, "silu") else f"has the activation {type(act).__name__}"
+
+
+def gated_forward(module: Any, x: Tensor) -> Tensor:
+    """``down(act(gate(x)) · up(x))`` on ``(..., hidden)``."""
+    act = _act(module)
+    fused = _fused(x, module, (module.gate_proj, module.up_proj, module.down_proj), act)
+    if fused is not None:
+        return fused
+    return cast("Tensor", module.down_proj(act(module.gate_proj(x)) * module.up_proj(x)))
+
+
+def plain_forward(module: Any, x: Tensor) -> Tensor:
+    """``fc2(act(fc1(x)))`` on ``(..., hidden)``."""
+    act = _act(module)
+    first, second = next((getattr(module, a), getattr(module, b)) for a, b in _PLAIN_NAMES if a in module._modules)
+    fused = _fused(x, module, (first, second), act)
+    return cast("Tensor", second(act(first(x)))) if fused is None else fused
+
+
+def _fused(x: Tensor, module: nn.Module, linears: tuple[nn.Module, ...], act: nn.Module) -> Tensor | None:
+    if is_decoding(x):
+        return None
+    found = [adapted(linear) for linear in linears]
+    name = activation_of(act)
+    known = [one for one in found if one is not None]
+    if name is None or len(known) < len(found) or len({one.compute_dtype for one in known}) > 1:
+        return None
+    if len({one.layer.a.dtype for one in known if one.layer.a is not None}) > 1:
+        return None
+    gate, *up, down = (one.layer for one in known)
+    return lora_mlp(
+        x,
+        gate,
+        up[0] if up else None,
+        down,
+        activation=name,
+        training=module.training,
+        compute_dtype=known[0].compute_dtype,
+    )

@@ -1,0 +1,37 @@
+"""Norms by one kernel, alone or together with the residual addition in front of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fvlm_kernels import layer_norm, rms_norm
+
+
+def rms_norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
+    """Normalize ``(..., hidden)`` as Llama's and Qwen's RMS norms do, with their rounding."""
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+def normalized(norm: Any, x: Tensor) -> Tensor:
+    """Return the norm of x in x's own dtype.
+
+    Under CUDA autocast stock layer norms return fp32, which the linear layer behind them rounds; here it is rounded at
+    once.
+    """
+    if type(norm) is nn.LayerNorm:
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=x.dtype)
+    normed: Tensor = norm(x)
+    return normed
+
+
+def add_and_normalize(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(norm(x + residual), x + residual)``, in one launch where the norm is one that is known here."""
+    if x.dtype == residual.dtype:
+        if type(norm) is nn.LayerNorm:
+            return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, out_dtype=x.dtype)
+        if getattr(vars(norm).get("forward"), "fvlm_kind", None) == "rms_norm":
+            return rms_norm(x, norm.weight, norm.variance_epsilon, residual=residual)
+    total = residual + x
+    return normalized(norm, total), total

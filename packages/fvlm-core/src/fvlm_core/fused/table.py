@@ -1,0 +1,43 @@
+"""The kinds of fused layers: what runs in a module's place, and whether it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fvlm_core.fused import attention, blocks, head, mlp, norms, patches, vision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def _always(module: nn.Module) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A forward that can take the place of a module's own.
+
+    Attributes:
+        forward: a function of the module and its arguments, to be bound to the module.
+        unfit: says why it cannot serve a module, or None where it can.
+    """
+
+    forward: Callable[..., Any]
+    unfit: Callable[[nn.Module], str | None] = _always
+
+
+LAYERS: dict[str, FusedLayer] = {
+    "rms_norm": FusedLayer(norms.rms_norm_forward),
+    "gated_mlp": FusedLayer(mlp.gated_forward, mlp.gated_unfit),
+    "plain_mlp": FusedLayer(mlp.plain_forward, mlp.plain_unfit),
+    "attention": FusedLayer(attention.attention_forward, attention.attention_unfit),
+    "decoder_layer": FusedLayer(blocks.decoder_layer_forward),
+    "vision_attention": FusedLayer(vision.vision_attention_forward),
+    "vision_block": FusedLayer(blocks.vision_block_forward),
+    "patch_embed": FusedLayer(patches.patch_embed_forward),
+    "task_model": FusedLayer(head.task_model_forward, head.task_model_unfit),
+}
+"""Kind → layer; the values of ``ArchFacts.fused`` are these names."""

@@ -1,0 +1,125 @@
+"""The memory that recordings of one kind of layer and one shape share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Key = tuple[Any, ...]
+TOKEN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
+"""Keyword arguments of a decoder layer that have a token axis, and which it is."""
+
+
+def describe(kwargs: Mapping[str, Any], tokens: int | None) -> Key | None:
+    """Return what of a layer's keyword arguments a recording depends on.
+
+    Args:
+        kwargs: tensors, tuples of tensors, and plain values.
+        tokens: the length that is going to be rounded up, or None: then shapes must match exactly.
+
+    Returns:
+        None where an argument is of another kind (such as a cache), or has no place to be rounded up.
+    """
+    parts: list[Any] = []
+    for name, value in kwargs.items():
+        if value is None or isinstance(value, bool | int | float | str):
+            parts.append((name, value))
+            continue
+        tensors = value if isinstance(value, tuple | list) else (value,)
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or tensor.requires_grad:
+                return None
+            shape = list(tensor.shape)
+            if tokens is not None:
+                axis = TOKEN_AXES.get(name)
+                if axis is None or shape[axis] != tokens:
+                    return None
+                shape[axis] = -1
+            parts.append((name, tuple(shape), tensor.dtype))
+    return tuple(parts)
+
+
+def can_round_up(kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether all tensors among a layer's keyword arguments have a known token axis."""
+    return all(
+        name in TOKEN_AXES
+        for name, value in kwargs.items()
+        if not (value is None or isinstance(value, bool | int | float | str))
+    )
+
+
+class Stage:
+    """Fixed memory for the input, output, gradients and keyword arguments of a layer.
+
+    Args:
+        hidden: a hidden state ``(..., tokens, width)`` of the shape that is recorded, but for its token axis.
+        kwargs: the layer's keyword arguments.
+        tokens: how long the token axis is in the recording; at least as long as in ``hidden``. Where it is longer, what
+            is behind the given tokens is filled with zeros: right for layers in which no token sees a later one.
+        needs_dx: whether the input's gradient is wanted.
+    """
+
+    def __init__(self, hidden: Tensor, kwargs: Mapping[str, Any], tokens: int, needs_dx: bool) -> None:
+        shape = (*hidden.shape[:-2], tokens, hidden.shape[-1])
+        self.tokens, self.needs_dx = tokens, needs_dx
+        self._rounded = tokens != hidden.shape[-2]
+        self.x, self.y, self.dy = (hidden.new_zeros(shape) for _ in range(3))
+        self.dx = hidden.new_zeros(shape) if needs_dx else None
+        self.kwargs = {name: self._room_for(name, value, hidden.shape[-2]) for name, value in kwargs.items()}
+        self._loaded: tuple[Any, ...] = ()
+        self._gradients: dict[Key, tuple[Tensor, list[Tensor]]] = {}
+
+    def _room_for(self, name: str, value: Any, given: int) -> Any:
+        if isinstance(value, Tensor):
+            shape = list(value.shape)
+            if name in TOKEN_AXES and shape[TOKEN_AXES[name]] == given:
+                shape[TOKEN_AXES[name]] = self.tokens
+            return value.new_zeros(shape)
+        if isinstance(value, tuple | list):
+            return tuple(self._room_for(name, part, given) for part in value)
+        return value
+
+    def load_arguments(self, values: tuple[Any, ...]) -> None:
+        """Copy keyword arguments, given in the order of the first ones, unless they are those that lie here already."""
+        if len(values) == len(self._loaded) and all(a is b for a, b in zip(values, self._loaded, strict=True)):
+            return
+        for room, value in zip(self.kwargs.values(), values, strict=True):
+            if isinstance(room, tuple):
+                for part, source in zip(room, value, strict=True):
+                    _fill(part, source)
+            elif isinstance(room, Tensor):
+                _fill(room, value)
+        self._loaded = values
+
+    def load(self, room: Tensor, value: Tensor) -> None:
+        """Copy a hidden state or its gradient to its place."""
+        given = value.shape[-2]
+        if given == self.tokens:
+            room.copy_(value)
+        else:
+            room.narrow(-2, 0, given).copy_(value)
+            room.narrow(-2, given, self.tokens - given).zero_()
+
+    def take(self, room: Tensor, given: int) -> Tensor:
+        """Return a copy of the first tokens of what a replay left."""
+        return room.narrow(-2, 0, given).clone(memory_format=torch.contiguous_format)
+
+    def gradients_for(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return one flat piece of memory for the gradients of parameters, and its parts in their shapes."""
+        key = tuple((tuple(p.shape), p.dtype) for p in parameters)
+        if key not in self._gradients:
+            flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=self.x.device)
+            sizes = [p.numel() for p in parameters]
+            views = [part.view(p.shape) for part, p in zip(flat.split(sizes), parameters, strict=True)]
+            self._gradients[key] = flat, views
+        return self._gradients[key]
+
+
+def _fill(room: Tensor, source: Tensor) -> None:
+    for axis, (have, given) in enumerate(zip(room.shape, source.shape, strict=True)):
+        if have != given:  # behind the given tokens lie older values, which are finite, and which nothing reads
+            room = room.narrow(axis, 0, given)
+    room.copy_(source)

@@ -95,9 +95,38 @@ def launch_everything():
         ops.rotary(q, q, tables, tables, sections, interleaved, True, False, dtype)
 
 
+def launch_quantized():
+    """The same for 4-bit and 8-bit weights."""
+    ops, dtype, (n, k) = torch.ops.fvlm, torch.bfloat16, (64, 3584)
+    packed, absmax = ops.nf4_quantize(torch.randn(n, k, dtype=dtype), 64)
+    nested = torch.ones(absmax.numel(), dtype=torch.uint8), torch.ones(14), torch.ones(256), torch.ones(1)
+    ops.nf4_dequantize(packed, absmax, None, None, None, 64, (n, k), dtype)
+    ops.nf4_dequantize(packed, *nested, 64, (n, k), dtype)
+    for rows in (1, 2, 8):
+        ops.nf4_matvec(torch.randn(rows, k, dtype=dtype), packed, *nested, 64, n)
+    ops.int8_dequantize(torch.ones(n, k, dtype=torch.int8), torch.ones(n), dtype)
+
+
+def launch_losses():
+    """The same for the cross entropies."""
+    ops, dtype, labels, ones = torch.ops.fvlm, torch.bfloat16, torch.zeros(2, dtype=torch.int64), torch.ones(2, 2)
+    for vocabulary, scale, cap in ((152064, 1.0, None), (262208, 1.0, 30.0), (262208, 0.0625, None)):
+        logits = torch.ones(2, vocabulary, dtype=dtype)
+        ops.cross_entropy_fwd(logits, labels, -100, scale, cap, 0.0)
+        ops.cross_entropy_bwd(ones[0], logits, labels, ones, -100, scale, cap, 0.0)
+    hidden, weight = torch.ones(2, 64, dtype=dtype), torch.ones(152064, 64, dtype=dtype)
+    for cap in (None, 30.0):
+        for gradient in (True, False):
+            for stats in (True, False):
+                ops.linear_cross_entropy(hidden, weight, None, labels, None, -100, cap, gradient, False, False, stats)
+        ops.linear_cross_entropy(hidden, weight, None, labels, ones[0], -100, cap, True, False, False, False)
+
+
 if __name__ == "__main__":
     driver.set_active(OneDevice())
     JITFunction.__getitem__ = compile_only
     import fvlm_kernels  # noqa: F401  (registers the operators)
 
     launch_everything()
+    launch_quantized()
+    launch_losses()

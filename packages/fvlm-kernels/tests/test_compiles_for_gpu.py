@@ -21,6 +21,12 @@ KERNELS = {
     "_gated_fwd_kernel",
     "_gated_bwd_kernel",
     "_rotary_kernel",
+    "_nf4_quantize_kernel",
+    "_nf4_dequantize_kernel",
+    "_nf4_matvec_kernel",
+    "_int8_dequantize_kernel",
+    "_loss_rows_kernel",
+    "_loss_bwd_kernel",
 }
 
 

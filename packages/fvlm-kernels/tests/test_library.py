@@ -3,15 +3,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fvlm_kernels import gelu, layer_norm, rms_norm, rotary, swiglu
+from fvlm_kernels import LoRALinear, gelu, layer_norm, lora_linear, lora_mlp, rms_norm, rotary, swiglu
 
 X, WEIGHT = torch.randn(2, 8), torch.ones(8)
+A, B = torch.randn(2, 8), torch.randn(8, 2)
+
+
+def adapted(x):
+    return LoRALinear(*(t.to(x.device) for t in (torch.eye(8), A, B)))
+
+
 OPS = {
     "rms_norm": lambda x, impl: rms_norm(x, WEIGHT.to(x.device), impl=impl),
     "add_rms_norm": lambda x, impl: rms_norm(x, WEIGHT.to(x.device), residual=x, impl=impl)[0],
     "layer_norm": lambda x, impl: layer_norm(x, WEIGHT.to(x.device), impl=impl),
     "gelu": lambda x, impl: gelu(x, impl=impl),
     "swiglu": lambda x, impl: swiglu(x, x, impl=impl),
+    "lora_linear": lambda x, impl: lora_linear(x, adapted(x), impl=impl),
+    "lora_mlp": lambda x, impl: lora_mlp(x, adapted(x), adapted(x), adapted(x), impl=impl),
     "rotary": lambda x, impl: rotary(*[x.view(1, 1, 2, 8)] * 2, *[torch.ones(2, 8, device=x.device)] * 2, impl=impl)[0],
 }
 

@@ -167,6 +167,17 @@ def test_policy_where_not_contiguous(layout, dtype, device):
     check(tensors, labels_of((6,), 50, device, ignored=False))  # not even copied by the selection
 
 
+def test_an_expanded_gradient(device):
+    tensors, labels = head_of((6,), 16, 50, torch.float32, device), labels_of((6,), 50, device, ignored=False)
+    grads = []
+    for impl in IMPLS:
+        leaves = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        linear_cross_entropy(**leaves, labels=labels, reduction="none", impl=impl).sum().backward()
+        grads.append([t.grad for t in leaves.values()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_shifting_is_the_callers(device):
     tensors = head_of((2, 7), 16, 50, torch.float32, device)
     labels = labels_of((2, 7), 50, device)

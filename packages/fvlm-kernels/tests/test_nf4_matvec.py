@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,32 @@ def test_equals_the_parts_given_apart(device):
     for impl in ("torch", "triton"):
         apart = nf4_matvec(x, w.packed, w.absmax, w.shape, **parts, impl=impl)
         assert torch.equal(apart, matvec_weight(x, w, impl=impl))
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_beyond_the_tensors_counts_or_is_written(rows, nested, device, monkeypatch):
+    """9 rows are not whole blocks of 4, nor 24 words one of 32: NaN lies behind the scales, and must stay behind y."""
+    weight = weight_of((9, 192), device, nested)
+    scale = weight.nested_absmax if nested else weight.absmax
+    padded = torch.cat((scale, scale.new_full((64,), float("nan"))))[: scale.numel()]
+    guarded = replace(weight, **{"nested_absmax" if nested else "absmax": padded})
+    module = sys.modules[_shape_of_launch.__module__]
+    start, behind = module.launch, []
+
+    def guarded_launch(kernel, grid, *args, **meta):
+        (at,) = (i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() == 3)
+        y = args[at].new_full((args[at].numel() + 64,), float("nan"))
+        start(kernel, grid, *args[:at], y, *args[at + 1 :], **meta)
+        args[at].copy_(y[: args[at].numel()].view_as(args[at]))
+        behind.append(y[args[at].numel() :])
+
+    monkeypatch.setattr(module, "launch", guarded_launch)
+    x = randn(rows, 192, dtype=torch.float32, device=device)
+    y = matvec_weight(strided(x, gap=64), guarded, impl="triton")
+    assert len(behind) == 1
+    assert behind[0].isnan().all()
+    torch.testing.assert_close(y, matvec_weight(x, weight, impl="torch"))
 
 
 def test_two_runs_give_the_same_bits(device):

@@ -105,13 +105,6 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which products keep the dtypes they are given, whatever autocast is on."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
 def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **meta: Any) -> None:
     """Start ``kernel`` over ``grid`` on the device of its first argument ``x``; an empty grid starts nothing."""
     if 0 in grid:

@@ -44,7 +44,8 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # on in a backward pass by create_graph alone
             raise NotImplementedError(
-                'fvlm_kernels has first derivatives only, and create_graph=True asks for a second; use impl="torch"'
+                "fvlm_kernels has first derivatives only, and create_graph=True asks for a second; use plain PyTorch "
+                '(impl="torch"; the LoRA ops have no such form)'
             )
         return backward(ctx, *grads)
 

@@ -29,7 +29,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from ._launch import Impl, check_same_dtype, check_shape, use_triton, without_autocast
+from ._launch import Impl, check_same_dtype, check_shape, use_triton
 from ._library import first_derivative_only
 from ._loss_chunks import Rows, loss_of_rows, rows_ref
 from ._losses import LossStats, Reduction, check_labels, check_options, check_scored, mean_of
@@ -248,8 +248,7 @@ def linear_cross_entropy(
     run: Any = rows_ref
     if use_triton(impl, x, w, b):
         run = _Rows.apply if reduction == "none" else _Total.apply
-    with without_autocast(x):
-        losses, correct, entropy = run(x, w, b, targets, ignore_index, softcap, return_stats)
+    losses, correct, entropy = run(x, w, b, targets, ignore_index, softcap, return_stats)
     kept = targets != ignore_index
     if reduction == "none":
         loss = _spread(losses, rows, labels)

@@ -20,13 +20,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from . import lora_steps as steps
-from ._launch import Impl, without_autocast
+from ._launch import Impl
+from ._library import first_derivative_only
 from .activations import _bwd_op as _activation_bwd
 from .activations import _fwd_op as _activation_fwd
 from .activations import _ref as _activation_ref
 from .gated import _bwd_op as _gated_bwd
 from .gated import _fwd_op as _gated_fwd
-from .lora import check_input, flat, group, needs_of, runs_triton
+from .lora import check_input, flat, group, needs_of, runs_triton, without_autocast
 from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, dtypes_for
 from .lora_steps import Saved
 
@@ -103,6 +104,7 @@ class _MLP(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         settings, act, dtypes, triton, dtype, upstream = ctx.rest
         x, products, last_products, *others = ctx.saved_tensors

@@ -29,7 +29,8 @@ def test_every_op_gives_a_row_for_each_pass_and_provider(run, tmp_path):
     cases = [case for build in run.OPS.values() for case in build(True)]
     for case in cases:
         found = {(r["pass"], r["provider"]) for r in rows if (r["op"], r["case"]) == (case.op, case.name)}
-        passes = ("forward", "backward") if case.wanted else ("forward",)
+        second = "both" if case.op in ("cross_entropy", "linear_cross_entropy") else "backward"
+        passes = ("forward", second) if case.wanted else ("forward",)
         assert {(p, provider) for p in passes for provider in ("torch", "fvlm")} <= found
         assert {p for p, _ in found} == set(passes)
     for row in rows:
@@ -47,6 +48,15 @@ def test_rate_is_what_moved_over_the_median(run):
     moved = 2 * 1036 * 1536 * 2  # read once, written once, two bytes each
     assert row["GB/s"] == pytest.approx(moved / 2e-6 / 1e9, abs=0.1)
     assert row["of_ceiling"] == pytest.approx(moved / 2e-6 / 1e13, abs=1e-3)
+
+
+def test_rate_of_both_passes_is_that_of_all_their_work(run):
+    from benchmarks.kernels.measure import Timing
+
+    case = next(case for case in run.OPS["linear_cross_entropy"](False) if "a third" in case.name)
+    row = run.row_of(case, "both", "fvlm", Timing(1e-3, 2e-3, 3e-3, 0, 0), {"flops": 1e15})
+    worked = 2 * (2 * 683 * 1536 * 151936)  # logits, and their gradient times a frozen head
+    assert row["TFLOP/s"] == pytest.approx(worked / 2e-3 / 1e12, abs=0.1)
 
 
 def test_a_wrong_op_is_refused(run, tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ class Case:
         backward_bytes: least traffic of a backward pass.
         forward_flops: floating-point operations of a forward pass, for ops bound by them.
         backward_flops: of a backward pass.
+        together: time both passes as one in place of backward alone: where an op makes its gradient in the forward
+            pass, backward alone says nothing.
     """
 
     op: str
@@ -40,6 +42,12 @@ class Case:
     forward_flops: int = 0
     backward_flops: int = 0
     shape: dict[str, int] = field(default_factory=dict)
+    together: bool = False
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What is timed: ``"forward"`` without a gradient, and ``"backward"`` or ``"both"`` where there is one."""
+        return ("forward", *(["both" if self.together else "backward"] if self.wanted else []))
 
 
 def size(*shape: int, itemsize: int = 2) -> int:

@@ -98,14 +98,22 @@ def _without_gradient(provider: Provider, inputs: Inputs) -> Any:
         return provider(**inputs)
 
 
-def _backward_calls(
-    provider: Provider, copies: list[Inputs], wanted: Sequence[str], writes_inputs: bool
+def _differentiate(provider: Provider, given: Inputs, wanted: Sequence[str]) -> Any:
+    """Run both passes of a loss."""
+    return torch.autograd.grad(provider(**given), [given[n] for n in wanted])
+
+
+def _calls_with_gradient(
+    provider: Provider, copies: list[Inputs], wanted: Sequence[str], writes_inputs: bool, together: bool
 ) -> list[Callable[[], Any]]:
     calls: list[Callable[[], Any]] = []
     for inputs in copies:
         given = {n: t.detach().requires_grad_(n in wanted) for n, t in inputs.items()}
         if writes_inputs:  # which no leaf allows
             given = {n: t * 1 for n, t in given.items()}
+        if together:
+            calls.append(partial(_differentiate, provider, given, wanted))
+            continue
         result = provider(**given)
         outputs = [result] if isinstance(result, torch.Tensor) else list(result)
         grads = [torch.randn_like(o) for o in outputs]
@@ -120,7 +128,7 @@ def measure(case: Case, clock: Clock, mode: str, repeats: int) -> dict[str, Timi
     Args:
         case: what to run.
         clock: of the device to run on.
-        mode: ``"forward"`` or ``"backward"``.
+        mode: one of the case's passes: ``"forward"``, ``"backward"`` or ``"both"``.
         repeats: timed calls of each provider.
 
     Returns:
@@ -130,7 +138,7 @@ def measure(case: Case, clock: Clock, mode: str, repeats: int) -> dict[str, Timi
     calls = {
         name: [partial(_without_gradient, provider, inputs) for inputs in copies]
         if mode == "forward"
-        else _backward_calls(provider, copies, case.wanted, writes_inputs=name == "liger")
+        else _calls_with_gradient(provider, copies, case.wanted, name == "liger", mode == "both")
         for name, provider in case.providers.items()
     }
     for turn in calls.values():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels import activations, bench_lora, bench_nf4, norms, rotations, vision_parts
+from benchmarks.kernels import activations, bench_lora, bench_nf4, losses, norms, rotations, vision_parts
 from benchmarks.kernels.card import ROOT, ceilings, provenance
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import Clock, Timing, check, measure
@@ -36,13 +36,18 @@ OPS: dict[str, Callable[[bool], list[Case]]] = {
     "int8": bench_nf4.int8_cases,
     "lora_qkv": bench_lora.qkv_cases,
     "lora_mlp": bench_lora.mlp_cases,
+    "linear_cross_entropy": losses.linear_cases,
+    "cross_entropy": losses.loss_cases,
 }
 
 
 def row_of(case: Case, mode: str, provider: str, timing: Timing, ceiling: dict[str, float]) -> dict[str, Any]:
     """Return one row of results: times in microseconds, the rate reached and its share of the card's ceiling."""
-    moved = case.forward_bytes if mode == "forward" else case.backward_bytes
-    worked = case.forward_flops if mode == "forward" else case.backward_flops
+    moved, worked = 0, 0
+    if mode != "backward":
+        moved, worked = case.forward_bytes, case.forward_flops
+    if mode != "forward":
+        moved, worked = moved + case.backward_bytes, worked + case.backward_flops
     unit, amount = ("bytes", moved) if moved else ("flops", worked)
     rate = amount / timing.p50
     return {
@@ -79,7 +84,7 @@ def run_case(case: Case, clock: Clock, repeats: int, ceiling: dict[str, float]) 
         print(f"{case.op} {case.name}: REFUSED, {reason}", flush=True)
         return [{"op": case.op, "case": case.name, "refused": str(reason)}]
     rows = []
-    for mode in ("forward", "backward") if case.wanted else ("forward",):
+    for mode in case.passes:
         for provider, timing in measure(case, clock, mode, repeats).items():
             rows.append(row_of(case, mode, provider, timing, ceiling))
             show(rows[-1])

@@ -1,8 +1,10 @@
-"""Fetches an image over HTTP(S), once the user has allowed it, within a size and a time limit."""
+"""Fetches an image or a video over HTTP(S), once the user has allowed it, within a size and a time limit."""
 
 from __future__ import annotations
 
 import http.client
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,7 +13,8 @@ from http.client import HTTPMessage
 from typing import IO, Any
 from urllib.parse import urljoin, urlsplit
 
-from fvlm_core.errors import DataError
+from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.arguments import positive
 
 _CHUNK = 1 << 16
 
@@ -21,12 +24,27 @@ class FetchLimits:
     """How much one fetch may take.
 
     Args:
-        max_bytes: size of the encoded image, in bytes.
-        seconds: time of the whole fetch, redirects and download included.
+        max_bytes: size of the encoded image or video, in bytes.
+        seconds: time of the whole fetch, name lookup, redirects and download included.
+
+    Raises:
+        ConfigError: a limit is not positive.
     """
 
     max_bytes: int = 20_000_000
     seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        positive("max_bytes", self.max_bytes)
+        if not (isinstance(self.seconds, int | float) and self.seconds > 0):
+            raise ConfigError(f"seconds={self.seconds!r} is no positive number of seconds.")
+
+
+def shown(url: str) -> str:
+    """Return an address as messages and logs show it: without what may be secret, its user, password and query."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return repr(f"{parts.scheme}://{host}{parts.path}" + ("?…" if parts.query else ""))
 
 
 class _WebRedirects(urllib.request.HTTPRedirectHandler):
@@ -37,7 +55,7 @@ class _WebRedirects(urllib.request.HTTPRedirectHandler):
     ) -> Any:
         target = urljoin(req.full_url, headers.get("location", ""))
         if urlsplit(target).scheme not in ("http", "https"):
-            raise DataError(f"the image address {req.full_url!r} redirects to {target!r}, which is not HTTP(S).")
+            raise DataError(f"the address {shown(req.full_url)} redirects to {shown(target)}, which is not HTTP(S).")
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -73,21 +91,35 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
         DataError: the scheme is another, the server cannot be reached or refuses, or a limit is passed.
     """
     if urlsplit(url).scheme.lower() not in ("http", "https"):
-        raise DataError(f"the image address {url!r} is not HTTP(S).")
+        raise DataError(f"the address {shown(url)} is not HTTP(S).")
+    # A thread of its own, because nothing else bounds the time of a name lookup or of headers that drip. Left behind,
+    # it ends by its own deadlines.
+    answers: queue.SimpleQueue[bytes | DataError] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_answer(url, limits)), daemon=True).start()
+    try:
+        answer = answers.get(timeout=limits.seconds)
+    except queue.Empty:
+        raise _too_slow(url, limits) from None
+    if isinstance(answer, DataError):
+        raise answer
+    return answer
+
+
+def _answer(url: str, limits: FetchLimits) -> bytes | DataError:
     deadline = time.monotonic() + limits.seconds
     try:
         with _opener().open(url, timeout=limits.seconds) as response:
             return _read(response, url, limits, deadline)
+    except DataError as error:
+        return error
     except urllib.error.HTTPError as error:
-        raise DataError(f"the image address {url!r} answered {error.code}; correct it or drop the sample.") from error
-    except TimeoutError as error:
-        raise _too_slow(url, limits) from error
+        return DataError(f"the address {shown(url)} answered {error.code}; correct it or drop the sample.")
+    except TimeoutError:
+        return _too_slow(url, limits)
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         if isinstance(error, urllib.error.URLError) and isinstance(error.reason, TimeoutError):
-            raise _too_slow(url, limits) from error
-        raise DataError(f"the image address {url!r} cannot be fetched ({error}).") from error
+            return _too_slow(url, limits)
+        return DataError(f"the address {shown(url)} cannot be fetched ({error}); correct it or drop the sample.")
 
 
 def _read(response: Any, url: str, limits: FetchLimits, deadline: float) -> bytes:
@@ -97,11 +129,11 @@ def _read(response: Any, url: str, limits: FetchLimits, deadline: float) -> byte
         parts.append(part)
         size += len(part)
         if size > limits.max_bytes:
-            raise DataError(f"the image at {url!r} is larger than {limits.max_bytes} bytes; download it first.")
+            raise DataError(f"what {shown(url)} sends is larger than {limits.max_bytes} bytes; download it first.")
         if time.monotonic() > deadline:
             raise _too_slow(url, limits)
     return b"".join(parts)
 
 
 def _too_slow(url: str, limits: FetchLimits) -> DataError:
-    return DataError(f"the image at {url!r} took longer than {limits.seconds:g} s; download it first.")
+    return DataError(f"the address {shown(url)} took longer than {limits.seconds:g} s; download it first.")

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fvlm_core.errors import DataError
-from fvlm_vision.fetch import FetchLimits, fetch
+from fvlm_vision.fetch import FetchLimits, fetch, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,9 +114,9 @@ class ImageReader:
                 )
             if not self.allow_urls:
                 raise DataError(
-                    f"the image address {text!r} is not fetched; pass allow_urls=True, or download it first."
+                    f"the image address {shown(text)} is not fetched; pass allow_urls=True, or download it first."
                 )
-            return self._decode(fetch(text, self.url_limits), repr(text), decode)
+            return self._decode(fetch(text, self.url_limits), f"at {shown(text)}", decode)
         return self._decode_file(Path(text), decode)
 
     def _decode_file(self, path: Path, decode: bool) -> Image.Image:

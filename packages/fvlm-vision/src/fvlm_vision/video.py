@@ -19,7 +19,7 @@ import torch
 
 from fvlm_core.errors import ConfigError, DataError, MissingExtraError
 from fvlm_vision.arguments import positive
-from fvlm_vision.fetch import fetch
+from fvlm_vision.fetch import fetch, shown
 
 if TYPE_CHECKING:
     from fvlm_vision.media import ImageReader
@@ -236,8 +236,10 @@ class VideoReader:
         scheme, separator, rest = text.partition(":")
         if separator and rest.startswith("//"):
             if scheme.lower() not in ("http", "https") or not self.images.allow_urls:
-                raise DataError(f"the video address {text!r} is not fetched; pass allow_urls=True, or download it.")
-            return repr(text), fetch(text, self.images.url_limits)
+                raise DataError(
+                    f"the video address {shown(text)} is not fetched; pass allow_urls=True, or download it."
+                )
+            return f"at {shown(text)}", fetch(text, self.images.url_limits)
         if not Path(text).is_file():
             raise DataError(f"the video file {text!r} is not there; correct the path.")
         return repr(text), text

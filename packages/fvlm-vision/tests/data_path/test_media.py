@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fvlm_core.errors import DataError
+from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.fetch import FetchLimits
 from fvlm_vision.media import ImageReader
 
@@ -173,6 +173,18 @@ class _Server(http.server.BaseHTTPRequestHandler):
                 except OSError:
                     return
                 time.sleep(0.05)
+        elif self.path == "/headers":
+            for _ in range(50):
+                try:
+                    self.wfile.write(b"x")  # a status line that never ends
+                    self.wfile.flush()
+                except OSError:
+                    return
+                time.sleep(0.05)
+        elif self.path.partition("?")[0] == "/broken":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"no image")
         elif self.path == "/a.png":
             self.send_response(200)
             self.end_headers()
@@ -203,8 +215,22 @@ def test_urls_are_fetched_only_when_allowed_and_within_limits(address, picture):
         ("/to-file", FetchLimits(), "not HTTP"),
         ("/a.png", FetchLimits(max_bytes=100), "larger than 100 bytes"),
         ("/drip", FetchLimits(seconds=0.3), "longer than 0.3 s"),
+        ("/headers", FetchLimits(seconds=0.3), "longer than 0.3 s"),
+        ("/broken", FetchLimits(), "corrupt"),
     ]:
         with pytest.raises(DataError, match=part):
             ImageReader(allow_urls=True, url_limits=limits).read(address + path)
     with pytest.raises(DataError, match="allow_urls"):
         ImageReader().read(f"{address}/a.png")
+    for refused in ({"max_bytes": 0}, {"seconds": -1.0}):
+        with pytest.raises(ConfigError, match=next(iter(refused))):
+            FetchLimits(**refused)
+
+
+def test_what_may_be_secret_in_an_address_is_not_told(address):
+    secret = address.replace("//", "//me:pass@") + "/broken?token=hf_123"
+    for options in ({}, {"allow_urls": True}):
+        with pytest.raises(DataError) as caught:
+            ImageReader(**options).read(secret)
+        assert "/broken?…" in str(caught.value)
+        assert not any(word in str(caught.value) for word in ("me:", "pass@", "hf_123"))

@@ -5,11 +5,9 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from fvlm_core.errors import ConfigError, DataError, FvlmError
+from fvlm_core.errors import ConfigError, DataError
 from fvlm_core.testing import FAMILIES
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.rows import NumberedSample
@@ -239,62 +237,3 @@ def test_errors_name_the_row(parts, ask, picture):
 def test_text_that_reads_as_media_is_refused(parts, ask, text):
     with pytest.raises(DataError, match="stands for an image"):
         FastVisionDataCollator(*parts)([ask(answer=text)])
-
-
-WORDS = st.text(alphabet="ab <>|[]{}%\n\té🙂", max_size=30) | st.sampled_from(
-    ["<image>", "<|image_pad|>", "<|im_end|>", "{{ x }}", "<|im_start|>assistant\n"]
-)
-IMAGES = st.one_of(
-    st.builds(lambda w, h: Image.new("RGB", (w, h)), st.integers(0, 90), st.integers(0, 90)),
-    st.just(None),
-    st.just("missing.png"),
-    st.binary(max_size=20),
-)
-BLOCKS = st.one_of(
-    st.builds(lambda text: {"type": "text", "text": text}, WORDS),
-    st.builds(lambda image: {"type": "image", "image": image}, IMAGES),
-    st.just({"type": "image"}),
-    st.just({"type": "audio"}),
-)
-MESSAGES = st.builds(
-    lambda role, content, flags: {"role": role, "content": content, **flags},
-    st.sampled_from(["user", "assistant", "system", "user", "assistant", "nobody"]),
-    WORDS | st.lists(BLOCKS, max_size=3) | st.none(),
-    st.sampled_from([{}, {}, {}, {"train": False}]),
-)
-SAMPLES = st.one_of(
-    st.builds(lambda m: {"messages": m}, st.lists(MESSAGES, max_size=4)),
-    st.builds(lambda m, i: {"messages": m, "images": i}, st.lists(MESSAGES, max_size=4), st.lists(IMAGES, max_size=2)),
-    st.builds(lambda p, c, i: {"prompt": p, "completion": c, "images": i}, WORDS, WORDS, st.lists(IMAGES, max_size=2)),
-)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    samples=st.lists(SAMPLES, min_size=1, max_size=3),
-    responses_only=st.booleans(),
-    overflow=st.sampled_from(["truncate", "skip", "error"]),
-    limit=st.sampled_from([None, 12, 30]),
-)
-def test_a_valid_batch_or_a_typed_error(parts, samples, responses_only, overflow, limit):
-    model, processor = parts
-    collator = FastVisionDataCollator(
-        model, processor, max_seq_length=limit, overflow=overflow, train_on_responses_only=responses_only
-    )
-    try:
-        batch = collator(samples)
-    except FvlmError:
-        return
-    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
-    assert ids.shape == labels.shape == mask.shape
-    assert limit is None or ids.shape[1] <= limit
-    learned = labels != -100
-    assert torch.equal(labels[learned], ids[learned])
-    assert not (learned & (mask == 0)).any()
-    assert learned[:, 1:].any(dim=1).all()
-    tokens = processor.tokenizer
-    placeholders = int((ids == tokens.convert_tokens_to_ids("<|image_pad|>")).sum())
-    grids = batch.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.int64))
-    assert placeholders == int(grids.prod(dim=1).sum()) // 4
-    starts, ends = (int((ids == tokens.convert_tokens_to_ids(f"<|vision_{end}|>")).sum()) for end in ("start", "end"))
-    assert starts == ends == len(grids)  # no span cut

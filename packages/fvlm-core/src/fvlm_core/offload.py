@@ -1,11 +1,13 @@
 """Keep one saved tensor in pinned host memory between the forward and the backward pass.
 
-The copy to the host runs on a stream of its own, beside the layer's computation. The way back runs on the stream that
-needs the tensor (fetching it earlier is a later step). CPU tensors, and small ones, stay where they are.
+Both copies run on a stream of their own, beside the layers' computation: the backward pass asks for the tensors in
+reverse order, so that while it works on one layer the tensor of the layer before is already on its way. CPU tensors,
+and small ones, stay where they are.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -20,11 +22,28 @@ if TYPE_CHECKING:
 MIN_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _OnHost:
     copy: torch.Tensor  # pinned
     device: torch.device
     ready: torch.cuda.Event  # the copy is complete
+    before: weakref.ref[_OnHost] | None  # what was copied last before it, and is wanted next after it
+    back: torch.Tensor | None = None  # on the device again
+    back_ready: torch.cuda.Event | None = None
+
+    def fetch(self) -> None:
+        """Start the way back."""
+        if self.back is not None:
+            return
+        stream = _copy_stream(self.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(self.ready)
+            self.back = torch.empty_like(self.copy, device=self.device, pin_memory=False)
+            self.back.copy_(self.copy, non_blocking=True)
+            self.back_ready = stream.record_event()
+
+
+_last: dict[torch.device, weakref.ref[_OnHost]] = {}
 
 
 def offloaded(tensor: torch.Tensor, min_bytes: int = MIN_BYTES) -> saved_tensors_hooks:
@@ -64,11 +83,23 @@ def _to_host(tensor: torch.Tensor) -> _OnHost:
         copy.copy_(tensor, non_blocking=True)
         ready = stream.record_event()
     tensor.record_stream(stream)  # its memory is not reused before the copy has read it
-    return _OnHost(copy, tensor.device, ready)
+    packed = _OnHost(copy, tensor.device, ready, _last.get(tensor.device))
+    _last[tensor.device] = weakref.ref(packed)
+    return packed
 
 
 def _to_device(packed: torch.Tensor | _OnHost) -> torch.Tensor:
     if isinstance(packed, torch.Tensor):
         return packed
-    torch.cuda.current_stream(packed.device).wait_event(packed.ready)
-    return packed.copy.to(packed.device, non_blocking=True)
+    packed.fetch()
+    back, ready = packed.back, packed.back_ready
+    if back is None or ready is None:
+        raise RuntimeError("an offloaded tensor was not fetched")
+    stream = torch.cuda.current_stream(packed.device)
+    stream.wait_event(ready)
+    back.record_stream(stream)
+    packed.back = packed.back_ready = None  # a second backward pass over the same graph fetches it anew
+    earlier = None if packed.before is None else packed.before()
+    if earlier is not None:
+        earlier.fetch()
+    return back

@@ -95,10 +95,10 @@ class StepLosses(TrainerCallback):
 def lora(model_of):
     """A tiny Qwen2-VL with the same LoRA at every call, on vision and language."""
 
-    def make():
+    def make(r=4):
         model = model_of("qwen2_vl")
         torch.manual_seed(0)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "qkv", "fc1", "down_proj"])
+        config = LoraConfig(r=r, lora_alpha=8, target_modules=["q_proj", "v_proj", "qkv", "fc1", "down_proj"])
         return get_peft_model(model, config)
 
     return make

@@ -164,6 +164,8 @@ def build(session: nox.Session, package: str) -> None:
     script = str(ROOT / "tools" / "import_all.py")
     session.chdir(session.create_tmp())
     session.run("python", "-P", script, f"fvlm_{package}", env={"PYTHONPATH": ""})
+    if package == "kernels":  # usable alone
+        session.run("python", "-P", str(ROOT / "examples" / "kernels" / "plain_transformer.py"), "--device", "cpu")
     if package == "cli":
         session.run("fvlm", "--help", silent=True)
         session.run("fvlm", "version")

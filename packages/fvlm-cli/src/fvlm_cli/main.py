@@ -6,6 +6,7 @@ import typer
 
 from fvlm_cli.commands.chat import chat
 from fvlm_cli.commands.env import env
+from fvlm_cli.commands.estimate import estimate
 from fvlm_cli.commands.evaluate import evaluate
 from fvlm_cli.commands.infer import infer
 from fvlm_cli.commands.init import init
@@ -28,6 +29,7 @@ app.command("init")(verb(init))
 _CONFIGURED = {"ignore_unknown_options": True}
 app.command("train", context_settings=_CONFIGURED)(verb(train))
 app.command("preview", context_settings=_CONFIGURED)(verb(preview))
+app.command("estimate", context_settings=_CONFIGURED)(verb(estimate))
 app.command("infer")(verb(infer))
 app.command("chat")(verb(chat))
 app.command("eval", context_settings=_CONFIGURED)(verb(evaluate))

@@ -1,0 +1,168 @@
+"""A config → what it needs, what fits, and how large a batch may be."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fvlm_cli.config.schema import TrainConfig
+from fvlm_cli.data.row import Row
+from fvlm_cli.estimate.gpus import GPUS, Gpu
+from fvlm_cli.estimate.memory import GIB, MODES, Held, Memory, Mode, memory
+from fvlm_cli.estimate.shapes import Shapes, read_shapes
+from fvlm_cli.estimate.time import Step, step
+from fvlm_cli.estimate.workload import Load
+
+if TYPE_CHECKING:
+    from fvlm_cli.inspection.opened import Opened
+
+_CHECKPOINTING: dict[bool | str, Mode] = {
+    False: "none",
+    True: "recompute",
+    "offload": "offload",
+    "unsloth": "offload",
+    "auto": "offload",
+}
+_MOST = 4096  # rows of the largest batch that is looked for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs.
+
+    Attributes:
+        shapes: of the model with its adapters.
+        held: how the base weights are held.
+        mode: of gradient checkpointing.
+        loads: of the rows that were looked at.
+        batch: rows a batch.
+        fused: whether the fused layers and loss were counted.
+        memory: of one batch of the longest rows.
+        config: the run's.
+    """
+
+    shapes: Shapes
+    held: Held
+    mode: Mode
+    loads: list[Load]
+    batch: int
+    fused: bool
+    memory: Memory
+    config: TrainConfig
+
+    @property
+    def longest(self) -> Load:
+        """The row with the most of everything, which memory is counted for."""
+        return Load(*(max(getattr(load, name) for load in self.loads) for name in Load.__dataclass_fields__))
+
+    @property
+    def typical(self) -> Load:
+        """The mean row, which time is counted for."""
+        means = (statistics.fmean(getattr(load, name) for load in self.loads) for name in Load.__dataclass_fields__)
+        return Load(*map(round, means))
+
+    def memory_of(
+        self, batch: int, held: Held | None = None, mode: Mode | None = None, load: Load | None = None
+    ) -> Memory:
+        """Return the memory of another batch, precision, mode or row."""
+        return memory(
+            self.shapes,
+            [load or self.longest] * batch,
+            held=held or self.held,
+            mode=mode or self.mode,
+            optim=self.config.train.optim,
+            fused=self.fused,
+            rank=self.config.lora.r,
+        )
+
+    def largest_batch(self, gpu: Gpu) -> int:
+        """Return the largest batch that fits on a card, up to 4096; 0 where none does."""
+        low, high = 0, _MOST + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.memory_of(middle).needed <= gpu.memory * GIB else (low, middle)
+        return low
+
+    def largest_images(self, gpu: Gpu) -> float | None:
+        """Return how many times the pixels of the longest row's images fit on a card with the config's batch.
+
+        None where the family gives every image the same tokens, or the row has no image. `model.max_seq_length` may
+        set in before.
+        """
+        if not self.longest.scales or not self.longest.media:
+            return None
+        low, high = 0.0, float(_MOST)
+        while high - low > 0.01:
+            middle = (low + high) / 2
+            needed = self.memory_of(self.batch, load=self.longest.scaled(middle)).needed
+            low, high = (middle, high) if needed <= gpu.memory * GIB else (low, middle)
+        return round(low, 2)
+
+    def modes(self) -> dict[str, dict[Mode, Memory]]:
+        """Return the memory of every precision and checkpointing mode that the config could ask for."""
+        precisions: list[Held] = ["full"] if self.held == "full" else ["4bit", "8bit", "16bit"]
+        return {held: {mode: self.memory_of(self.batch, held, mode) for mode in MODES} for held in precisions}
+
+    def step_on(self, gpu: Gpu) -> Step:
+        """Return the time of an optimizer step on a card."""
+        rows = [self.typical] * self.batch
+        accumulation = self.config.train.gradient_accumulation_steps
+        return step(self.shapes, rows, accumulation, gpu, held=self.held, mode=self.mode, fused=self.fused)
+
+    def fitting(self) -> dict[str, bool]:
+        """Return for every card of the table whether the run fits."""
+        return {name: self.memory.needed <= gpu.memory * GIB for name, gpu in GPUS.items()}
+
+
+def shapes_of(config: TrainConfig, opened: Opened) -> tuple[Shapes, Held]:
+    """Put the config's adapters on the model's skeleton and read its sizes; also say how its weights are held.
+
+    Raises:
+        ConfigError: the adapters cannot be had on this model.
+    """
+    held: Held = config.model.precision or ("4bit" if opened.stored is None else opened.stored.value)
+    model: Any = opened.skeleton
+    model.requires_grad_(held == "full")
+    if held != "full":
+        from fvlm_cli.training.build import adapt
+
+        # How adapters start changes no size, and some ways of starting read the weights.
+        lora = config.lora.model_copy(update={"init_lora_weights": None})
+        model = adapt(model, lora, config.model)
+    return read_shapes(model, opened.facts), held
+
+
+def estimate(config: TrainConfig, opened: Opened, loads: Sequence[Load]) -> Estimate:
+    """Return what a run needs.
+
+    Args:
+        config: the run's.
+        opened: its model; adapters are put on its skeleton.
+        loads: what its rows bring.
+
+    Raises:
+        ConfigError: the adapters cannot be had on this model.
+    """
+    shapes, held = shapes_of(config, opened)
+    batch = config.train.per_device_train_batch_size
+    mode = _CHECKPOINTING[config.model.gradient_checkpointing]
+    fused = not opened.facts.generic
+    blank = Memory(0, 0, 0, 0, 0, 0, 0, 0, 0)
+    draft = Estimate(shapes, held, mode, list(loads), batch, fused, blank, config)
+    return Estimate(shapes, held, mode, list(loads), batch, fused, draft.memory_of(batch), config)
+
+
+def loads_of(config: TrainConfig, opened: Opened, rows: Sequence[Row]) -> list[Load]:
+    """Return what rows of the config's data bring.
+
+    Raises:
+        DataError: a row cannot be used.
+        ConfigError: all of them are left out.
+    """
+    from fvlm_cli.estimate.workload import loads_of_rows
+    from fvlm_cli.training.collate import build_collator
+
+    collator = build_collator(config.data, opened.skeleton, opened.processor())
+    return loads_of_rows(collator, rows, opened.skeleton.config)

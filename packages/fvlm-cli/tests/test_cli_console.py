@@ -24,7 +24,8 @@ def test_the_command_line_is_built_without_torch(tmp_path: Path) -> None:
 def test_help_names_every_verb_without_colour(fvlm, tmp_path: Path) -> None:
     done = fvlm("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for verb in ("quickstart", "init", "preview", "train", "infer", "chat", "eval", "merge", "push", "env", "version"):
+    verbs = "quickstart init preview estimate train infer chat eval report merge push env version"
+    for verb in verbs.split():
         assert f" {verb} " in done.stdout
     assert "\x1b[" not in done.stdout
 

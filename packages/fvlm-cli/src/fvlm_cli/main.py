@@ -14,6 +14,7 @@ from fvlm_cli.commands.merge import merge
 from fvlm_cli.commands.preview import preview
 from fvlm_cli.commands.push import push
 from fvlm_cli.commands.quickstart import quickstart
+from fvlm_cli.commands.report import report
 from fvlm_cli.commands.train import train
 from fvlm_cli.commands.version import version
 from fvlm_cli.verb import verb
@@ -33,6 +34,7 @@ app.command("estimate", context_settings=_CONFIGURED)(verb(estimate))
 app.command("infer")(verb(infer))
 app.command("chat")(verb(chat))
 app.command("eval", context_settings=_CONFIGURED)(verb(evaluate))
+app.command("report")(verb(report))
 app.command("merge")(verb(merge))
 app.command("push")(verb(push))
 app.command("env")(verb(env))

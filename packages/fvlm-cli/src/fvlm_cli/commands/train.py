@@ -65,3 +65,4 @@ def _show(console: Console, record: dict[str, Any], config: str) -> None:
     for name in ("adapter_dir", "model_dir", "merged_dir"):
         if record.get(name) is not None:
             console.print(f"{name:<12} {record[name]}", markup=False)
+    console.print(f"{'report':<12} fvlm report {record['output_dir']}", markup=False)

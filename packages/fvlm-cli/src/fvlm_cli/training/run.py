@@ -105,6 +105,7 @@ def _train(trainer: RunTrainer, rows: list[Row], checkpoint: Path | None, out: O
     """Train to the end or to an interruption; return whether it was the latter."""
     from transformers import PrinterCallback, ProgressCallback
 
+    from fvlm_cli.training.figures import Figures
     from fvlm_cli.training.interrupt import Interruption
     from fvlm_cli.training.progress import TrainingProgress
 
@@ -112,6 +113,7 @@ def _train(trainer: RunTrainer, rows: list[Row], checkpoint: Path | None, out: O
         trainer.remove_callback(callback)
     progress = TrainingProgress(out)
     interruption = Interruption(out)
+    trainer.add_callback(Figures())
     trainer.add_callback(progress)
     trainer.add_callback(interruption)
     try:

@@ -66,7 +66,7 @@ class RunFolder:
         for folder in (self.adapter, self.model, self.merged, self.checkpoints, self.evaluation):
             if folder.exists():
                 shutil.rmtree(folder)
-        for file in (self.config, self.record, self.history):
+        for file in (self.config, self.record, self.history, self.root / "report.html"):
             file.unlink(missing_ok=True)
 
     def _check_same(self, config: TrainConfig) -> None:

@@ -29,6 +29,7 @@ class Case:
         backward_flops: of a backward pass.
         together: time both passes as one in place of backward alone: where an op makes its gradient in the forward
             pass, backward alone says nothing.
+        in_place: whether providers change their inputs, so that they are checked on copies.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Case:
     backward_flops: int = 0
     shape: dict[str, int] = field(default_factory=dict)
     together: bool = False
+    in_place: bool = False
 
     @property
     def passes(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels import activations, bench_lora, bench_nf4, losses, norms, rotations, vision_parts
+from benchmarks.kernels import activations, bench_lora, bench_nf4, losses, norms, optimizer, rotations, vision_parts
 from benchmarks.kernels.card import ROOT, ceilings, provenance
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import Clock, Timing, check, measure
@@ -38,6 +38,7 @@ OPS: dict[str, Callable[[bool], list[Case]]] = {
     "lora_mlp": bench_lora.mlp_cases,
     "linear_cross_entropy": losses.linear_cases,
     "cross_entropy": losses.loss_cases,
+    "adamw": optimizer.adamw_cases,
 }
 
 

@@ -122,6 +122,15 @@ def launch_losses():
         ops.linear_cross_entropy(hidden, weight, None, labels, ones[0], -100, cap, True, False, False, False)
 
 
+def launch_optimizer():
+    """The same for the optimizer's step."""
+    moments, scalar = torch.ones(2, 9999), torch.ones(())
+    for dtype in (torch.float32, torch.bfloat16):
+        for norm in (None, scalar):
+            parameters = torch.ones(2, 9999, dtype=dtype)
+            torch.ops.fvlm.adamw_flat_(*parameters, *moments, scalar, norm, 1.0, 1e-4, 0.9, 0.999, 1e-8, 0.01)
+
+
 if __name__ == "__main__":
     driver.set_active(OneDevice())
     JITFunction.__getitem__ = compile_only
@@ -130,3 +139,4 @@ if __name__ == "__main__":
     launch_everything()
     launch_quantized()
     launch_losses()
+    launch_optimizer()

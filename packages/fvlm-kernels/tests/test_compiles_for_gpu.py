@@ -27,6 +27,7 @@ KERNELS = {
     "_int8_dequantize_kernel",
     "_loss_rows_kernel",
     "_loss_bwd_kernel",
+    "_adamw_kernel",
 }
 
 

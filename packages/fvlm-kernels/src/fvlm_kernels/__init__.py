@@ -6,6 +6,7 @@ Triton on a GPU and plain PyTorch elsewhere, ``impl="torch"`` and ``impl="triton
 
 from ._losses import LossStats
 from .activations import gelu, quick_gelu
+from .adamw import adamw_flat_
 from .cross_entropy import cross_entropy
 from .gated import geglu, swiglu
 from .int8 import Int8Weight, dequantize_int8
@@ -30,6 +31,7 @@ __all__ = [
     "LossStats",
     "NF4Weight",
     "__version__",
+    "adamw_flat_",
     "cross_entropy",
     "dequantize_int8",
     "dequantize_nf4",

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, ProcessorMixin
 
-    from fvlm_vision.encoding import Encoded
     from fvlm_vision.fetch import FetchLimits
     from fvlm_vision.resize import Resize
     from fvlm_vision.video import VideoOptions
@@ -195,8 +194,17 @@ class FastVisionDataCollator:
         other._tells_overflow = False
         return other
 
+    def keeping_bytes(self) -> FastVisionDataCollator:
+        """Return a copy that leaves pixels bytes, of which `fvlm_vision.pixels` makes values on the device.
+
+        For families whose processor does not allow it, the copy does as this one.
+        """
+        other = copy.copy(self)
+        other._encoder = self._encoder.keeping_bytes()
+        return other
+
     def _batch(self, items: list[Item]) -> dict[str, Any]:
-        encoded = self._encode(items)
+        encoded = self._encoder.encode(items)
         ids, mask = encoded.batch["input_ids"], encoded.batch["attention_mask"]
         labels = make_labels(ids, mask, self.media_ids, encoded.trained, self.ignore_index)
         kept = self._lengths(items, ids, mask, labels)
@@ -233,17 +241,6 @@ class FastVisionDataCollator:
         """Return what stands in the columns where padding is."""
         token = self.processor.tokenizer.pad_token_id
         return {"input_ids": token, "attention_mask": 0, "labels": self.ignore_index}
-
-    def _encode(self, items: list[Item]) -> Encoded:
-        try:
-            return self._encoder.encode(items)
-        except DataError as error:
-            for item in items:  # which of them was it?
-                try:
-                    self._encoder.encode([item])
-                except DataError as own:
-                    raise placed(own, item.row, item.where) from own.__cause__
-            raise error
 
     def _lengths(
         self, items: list[Item], ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor

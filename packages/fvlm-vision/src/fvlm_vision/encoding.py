@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.pixels import FRAMES, SCALE, byte_processor, keeps_bytes, with_scale
+from fvlm_vision.reading import Item, placed
 from fvlm_vision.spans import Span, insertion, move, tokens_in
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import ProcessorMixin
 
-    from fvlm_vision.reading import Item
     from fvlm_vision.render import Rendered
     from fvlm_vision.video import Video
 
@@ -59,12 +60,21 @@ class Encoder:
         self.processor = processor
         self.pad_to_multiple_of = pad_to_multiple_of
         self.videos_kwargs = videos_kwargs
+        self.as_bytes = False
         self._media_names = {
             name
             for part in ("image_processor", "video_processor")
             if part in processor.get_attributes()
             for name in getattr(processor, part).model_input_names
         }
+
+    def keeping_bytes(self) -> Encoder:
+        """Return a copy that leaves pixels bytes (`fvlm_vision.pixels`), where the family's processor allows it."""
+        if not keeps_bytes(self.processor):
+            return self
+        other = copy.copy(self)
+        other.processor, other.as_bytes = byte_processor(self.processor), True
+        return other
 
     def encode(self, items: Sequence[Item]) -> Encoded:
         """Return the batch.
@@ -73,9 +83,20 @@ class Encoder:
             items: the samples.
 
         Raises:
-            DataError: the processor refuses the batch.
+            DataError: the processor refuses a sample; it names the row.
             ConfigError: spans are needed and the processor or tokenizer does not tell where its tokens come from.
         """
+        try:
+            return self._encoded(items)
+        except DataError as error:
+            for item in items:  # which of them was it?
+                try:
+                    self._encoded([item])
+                except DataError as own:
+                    raise placed(own, item.row, item.where) from own.__cause__
+            raise error
+
+    def _encoded(self, items: Sequence[Item]) -> Encoded:
         texts = [item.rendered for item in items]
         images, videos = [item.images for item in items], [item.videos for item in items]
         with_spans = any(videos) or any(text.trained is not None for text in texts)
@@ -86,6 +107,8 @@ class Encoder:
             )
         output = self._process([text.text for text in texts], images, videos, with_spans)
         batch = {name: _tensor(value) for name, value in output.items() if name not in _NOT_FOR_THE_MODEL}
+        if self.as_bytes:
+            batch = with_scale(batch, self.processor)
         trained = None
         if with_spans:
             offsets = _tensor(output["offset_mapping"])
@@ -94,7 +117,8 @@ class Encoder:
             rows = zip(texts, laid_out, offsets, pieces, strict=True)
             trained = torch.stack([_trained_tokens(*row) for row in rows])
         shape = batch["input_ids"].shape
-        per_token = tuple(n for n, t in batch.items() if t.shape[:2] == shape and n not in self._media_names)
+        media = self._media_names | {SCALE, FRAMES}
+        per_token = tuple(n for n, t in batch.items() if n not in media and t.shape[:2] == shape)
         return Encoded(batch, trained, per_token)
 
     def _laid_out(self, texts: list[str], images: Images) -> list[str]:

@@ -15,16 +15,15 @@ import datasets
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from trl import SFTTrainer
 
 from fvlm_core.arch import facts_for, task_model, tower_of
 from fvlm_core.errors import ConfigError
 from fvlm_core.fused import LEARNED_TOKENS
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.flat_optimizer import FlatOptimizer
+from fvlm_vision.loading import LoadingTrainer
 from fvlm_vision.overflow import OverflowLog
 from fvlm_vision.rows import training_rows
-from fvlm_vision.sampling import Measured
 from fvlm_vision.training_args import align, own_copy, sequence_limit
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class FastVisionTrainer(SFTTrainer):
+class FastVisionTrainer(LoadingTrainer):
     """Trains a vision-language model. Everything that `trl.SFTTrainer` takes is taken, and:
 
     Args:
@@ -112,7 +111,6 @@ class FastVisionTrainer(SFTTrainer):
         self.eval_dataset = eval_rows
         if isinstance(collator, FastVisionDataCollator):
             self.add_callback(OverflowLog(self, collator.overflow_counts, collator.max_seq_length))
-        self._measured = Measured()
         self._counts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def compute_loss(
@@ -202,13 +200,6 @@ class FastVisionTrainer(SFTTrainer):
             if total:
                 self._metrics[mode]["mean_token_accuracy"].append(correct / total)
         super().log(logs, start_time)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(self._measured.stand_in(rows, self.args, self.data_collator))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return super()._get_eval_sampler(self._measured.stand_in(eval_dataset, self.args, self.data_collator))
 
     def _mode(self) -> str:
         return "train" if self.model is not None and self.model.training else "eval"

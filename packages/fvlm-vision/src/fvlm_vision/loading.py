@@ -1,4 +1,4 @@
-"""Samplers that go by length, told how many tokens each sample will have."""
+"""How samples reach the model: samplers told how long each will be, and pixels that are bytes on the way."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import datasets
+from trl import SFTTrainer
 
 from fvlm_core.errors import ConfigError
 from fvlm_vision.collator import FastVisionDataCollator
+from fvlm_vision.pixels import with_pixel_values
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
 
@@ -44,3 +47,28 @@ class Measured:
             lengths = collator.token_counter().lengths(rows, column)
             self._counted[rows] = datasets.Dataset.from_dict({column: lengths})
         return self._counted[rows]
+
+
+class LoadingTrainer(SFTTrainer):
+    """A `trl.SFTTrainer` whose dataloaders know what a `FastVisionDataCollator` does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._measured = Measured()
+        super().__init__(*args, **kwargs)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Return what the workers call: pixels stay bytes on the way to the device."""
+        if isinstance(data_collator, FastVisionDataCollator):
+            return data_collator.keeping_bytes()
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the device, its pixels as the model takes them."""
+        return with_pixel_values(super()._prepare_inputs(inputs))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(self._measured.stand_in(rows, self.args, self.data_collator))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler[Any] | None:
+        return super()._get_eval_sampler(self._measured.stand_in(eval_dataset, self.args, self.data_collator))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fvlm_kernels import cross_entropy, linear_cross_entropy
+from fvlm_kernels import _loss_chunks, cross_entropy, linear_cross_entropy
 from fvlm_kernels.testing import randn, run_with_gradients
 
 
@@ -63,7 +63,9 @@ def test_cross_entropy_compiles_as_one_graph(impl, device):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("given", [True, False], ids=["rows given", "rows not given"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_linear_cross_entropy_compiles_as_one_graph(impl, given, reduction, device):
+def test_linear_cross_entropy_compiles_as_one_graph(impl, given, reduction, device, monkeypatch):
+    if reduction == "none":
+        monkeypatch.setattr(_loss_chunks, "CHUNK_BYTES", 2 * 48 * 4)  # chunks of two rows
     labels = labels_of(6, 48, device)
     rows = (labels != -100).nonzero().squeeze(1) if given else None
 
@@ -152,7 +154,9 @@ def test_checkpointing_recomputes_the_same_gradient(reduction, reentrant, device
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_derivative_is_refused_by_the_kernels_and_given_by_pytorch(reduction, device):
+def test_a_second_derivative_is_refused_by_the_kernels_and_given_by_pytorch(reduction, device, monkeypatch):
+    if reduction == "none":
+        monkeypatch.setattr(_loss_chunks, "CHUNK_BYTES", 2 * 48 * 4)  # chunks of two rows
     hidden, weight, bias = (t.requires_grad_() for t in head_of(5, device).values())
     labels = labels_of(5, 48, device)
     loss = linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction, impl="triton").sum()

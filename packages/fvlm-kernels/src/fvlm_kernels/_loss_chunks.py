@@ -58,13 +58,18 @@ def rows_ref(
     softcap: float | None,
     stats: bool,
 ) -> Rows:
-    """The rows' losses in plain PyTorch, chunk by chunk, whose logits backward makes again; float64 stays float64."""
-    (v, k), itemsize = weight.shape, max(4, hidden.itemsize)
-    step = chunk_rows(hidden.shape[0], v, k, itemsize, trained=False)
+    """The rows' losses in plain PyTorch; float64 stays float64.
+
+    Where there are several chunks, backward makes the logits of each again.
+    """
+    settings = ignore_index, softcap, stats
+    (m, k), v = hidden.shape, weight.shape[0]
+    step = chunk_rows(m, v, k, max(4, hidden.itemsize), trained=False)
+    if step >= m:
+        return _chunk_ref(hidden, weight, bias, labels, *settings)
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     pieces: list[Rows] = [
-        checkpoint(
-            _chunk_ref, h, weight, bias, y, ignore_index, softcap, stats, use_reentrant=False, preserve_rng_state=False
-        )
+        checkpoint(_chunk_ref, h, weight, bias, y, *settings, **again)
         for h, y in zip(hidden.split(step), labels.split(step), strict=True)
     ]
     losses, correct, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))

@@ -36,8 +36,10 @@ def push(
     The token comes from HF_TOKEN in the environment or from `hf auth login`; there is no option for it, since other
     users of a machine can read command lines.
     """
+    from fvlm_core.checkpoint import find_source
     from fvlm_export import push_to_hub_merged
 
+    find_source(folder)  # before the Hub is asked anything
     address = push_to_hub_merged(folder, repo_id, save_method=save_method, private=private)
 
     def show(console: Console) -> None:

@@ -110,6 +110,9 @@ class DataSection(Section):
     overflow: Literal["truncate", "skip", "error"] = Field(
         default="truncate", description="What happens to a sample over model.max_seq_length; no image is ever cut."
     )
+    packing: bool = Field(
+        default=False, description="Put a batch into one row without padding; no sample sees another. Not in Llama 3.2."
+    )
     resize: int | list[int] | Literal["min", "max"] | None = Field(
         default=None,
         description="Longest side in pixels, [width, height], min (the model's own size) or max. Default: images keep "
@@ -134,6 +137,15 @@ class TrainSection(Section):
     num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the data, unless max_steps is given.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
     learning_rate: float = Field(default=2e-4, gt=0, description="Its peak.")
+    vision_learning_rate: float | None = Field(
+        default=None, gt=0, description="Its peak in the vision tower, if that is another."
+    )
+    projector_learning_rate: float | None = Field(
+        default=None, gt=0, description="Its peak in the projector, if that is another."
+    )
+    language_learning_rate: float | None = Field(
+        default=None, gt=0, description="Its peak in the language model, if that is another."
+    )
     lr_scheduler_type: str = Field(default="linear", description="As in transformers: linear, cosine, constant, …")
     warmup_steps: float = Field(default=5, ge=0, description="Steps of warm-up; below 1, the share of all steps.")
     weight_decay: float = Field(default=0.01, ge=0, description="Of the optimizer.")

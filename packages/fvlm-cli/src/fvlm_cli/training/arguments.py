@@ -13,6 +13,11 @@ from fvlm_core.errors import ConfigError
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from fvlm_core.arch import Tower
+
+TOWERS: tuple[Tower, ...] = ("vision", "projector", "language")
+"""Those that may have a learning rate of their own."""
+
 # What other keys of the config, or the run itself, settle.
 _SETTLED = frozenset(
     {
@@ -41,7 +46,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) 
     train = config.train
     known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
     _check_extra(train, known)
-    named = train.model_dump(exclude={"extra", "max_steps", "eval_steps", "save_steps"})
+    elsewhere = {"extra", "max_steps", "eval_steps", "save_steps", *(f"{tower}_learning_rate" for tower in TOWERS)}
+    named = train.model_dump(exclude=elsewhere)
     arguments: dict[str, Any] = {
         **named,
         "max_steps": train.max_steps or -1,

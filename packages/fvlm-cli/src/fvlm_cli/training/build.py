@@ -9,13 +9,17 @@ from peft import PeftModel
 
 from fvlm_cli.config.schema import LoraSection, ModelSection, TrainConfig
 from fvlm_cli.data.row import Row, locate
-from fvlm_cli.training.arguments import training_arguments
+from fvlm_cli.training.arguments import TOWERS, training_arguments
 from fvlm_cli.training.collate import build_collator
+from fvlm_cli.training.rates import split_by_tower
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision import FastVisionModel, FastVisionTrainer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, ProcessorMixin
+
+    from fvlm_core.arch import Tower
 
 _PRECISIONS: dict[str | None, dict[str, Any]] = {
     None: {},
@@ -89,9 +93,10 @@ def build_trainer(
     """
     return RunTrainer(
         evaluate,
+        {tower: rate for tower in TOWERS if (rate := getattr(config.train, f"{tower}_learning_rate")) is not None},
         model=model,
         processing_class=processor,
-        data_collator=build_collator(config.data, model, processor),
+        data_collator=build_collator(config.data, model, processor, packing=config.data.packing),
         train_dataset=[row.sample for row in train],
         eval_dataset=[row.sample for row in evaluate] or None,
         args=training_arguments(config, checkpoints, bool(evaluate)),
@@ -99,11 +104,26 @@ def build_trainer(
 
 
 class RunTrainer(FastVisionTrainer):
-    """A trainer whose errors in evaluation name the file and row of what it evaluates on."""
+    """A trainer whose errors in evaluation name the file and row of what it evaluates on.
 
-    def __init__(self, evaluation_rows: list[Row], **given: Any) -> None:
+    Args:
+        evaluation_rows: what it evaluates on.
+        rates: the learning rates of the towers that have their own.
+        **given: as in `FastVisionTrainer`.
+    """
+
+    def __init__(self, evaluation_rows: list[Row], rates: dict[Tower, float], **given: Any) -> None:
+        self._rates = rates
         super().__init__(**given)
         self._evaluation_rows = evaluation_rows
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with parameter groups by tower where towers have their own learning rates."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self._rates:
+            split_by_tower(optimizer, self.model, self._rates)
+        return optimizer
 
     def evaluate(self, *arguments: Any, **given: Any) -> dict[str, float]:
         """Evaluate.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def build_collator(
-    data: DataSection, model: PreTrainedModel | PeftModel, processor: ProcessorMixin
+    data: DataSection, model: PreTrainedModel | PeftModel, processor: ProcessorMixin, *, packing: bool = False
 ) -> FastVisionDataCollator:
     """Return the collator.
 
@@ -23,6 +23,7 @@ def build_collator(
         data: the config's section.
         model: the model, which may be on the meta device: its config, module names and `max_seq_length` are read.
         processor: its processor.
+        packing: whether batches are packed; what becomes of a single row is the same without.
 
     Raises:
         ConfigError: a key of the section cannot be used with this model.
@@ -35,6 +36,7 @@ def build_collator(
         instruction_part=data.instruction_part,
         response_part=data.response_part,
         resize=tuple(data.resize) if isinstance(data.resize, list) else data.resize,  # type: ignore[arg-type]
+        packing=packing,
         overflow=data.overflow,
         min_pixels=data.min_pixels,
         max_pixels=data.max_pixels,

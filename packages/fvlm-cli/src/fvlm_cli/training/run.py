@@ -16,7 +16,7 @@ from fvlm_cli.generate.load import quiet_libraries
 from fvlm_cli.output import Output
 from fvlm_cli.training.resume import last_complete
 from fvlm_cli.training.run_folder import RunFolder, whole
-from fvlm_cli.versions import versions
+from fvlm_cli.versions import git_state, versions
 from fvlm_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         "eval_rows": len(evaluate),
         "resumed_from": None if checkpoint is None else str(checkpoint),
         "versions": versions(),
+        "git": git_state(),
     }
     folder.write_record(record)
     out.note(f"loading {config.model.name}")

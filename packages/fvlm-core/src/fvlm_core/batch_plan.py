@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -151,6 +152,12 @@ def _pieces(grid: Tensor | None) -> list[Piece]:
     return [] if grid is None else [(frames, height, width, 1) for frames, height, width in grid.tolist()]
 
 
+@lru_cache(maxsize=1024)  # images of a data set come in few sizes
+def _medium_positions(frames: int, height: int, width: int, step: int) -> Tensor:
+    """Return the `(3, frames * height * width)` positions of a medium that starts at 0; not to be changed."""
+    return torch.cartesian_prod(torch.arange(frames) * step, torch.arange(height), torch.arange(width)).T
+
+
 def _row_positions(types: Tensor, pending: Mapping[int, Iterator[Piece]], merge_size: int) -> Iterator[Tensor]:
     """Yield the `(3, length)` positions of each run of text and each medium of one unpadded row."""
     kinds, counts = torch.unique_consecutive(types, return_counts=True)
@@ -164,6 +171,6 @@ def _row_positions(types: Tensor, pending: Mapping[int, Iterator[Piece]], merge_
         while left > 0:  # media with no text between them form one run
             frames, height, width, step = next(pending[kind])
             height, width = height // merge_size, width // merge_size
-            yield torch.cartesian_prod(torch.arange(frames) * step, torch.arange(height), torch.arange(width)).T + start
+            yield _medium_positions(frames, height, width, step) + start
             start += max(height, width)
             left -= frames * height * width

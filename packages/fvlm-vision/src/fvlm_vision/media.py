@@ -165,7 +165,8 @@ class ImageReader:
     def _upright_rgb(self, image: Image.Image) -> Image.Image:
         self.check_size(image.size)
         try:
-            image = ImageOps.exif_transpose(image)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)  # it would copy any other image as well
             return _to_rgb(image)
         except (OSError, SyntaxError, ValueError, EOFError) as error:  # a lazy PIL image decodes only now
             if isinstance(error, DataError):

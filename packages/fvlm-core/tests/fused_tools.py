@@ -30,9 +30,11 @@ def make_batch(config, lengths=(24, 20), seed=0):
     }
 
 
-def adapted_model(folder, precision=Precision.HALF, *, seed=1, dtype=None, targets=("vision", "language"), **options):
+def adapted_model(
+    folder, precision=Precision.HALF, *, seed=1, dtype=None, targets=("vision", "language"), device="cpu", **options
+):
     """A model with LoRA on its towers, whose B is not zero, in training mode."""
-    model = load_model(folder, precision=precision, dtype=dtype)
+    model = load_model(folder, precision=precision, dtype=dtype or torch.float32, device_map=device, fused_layers=False)
     names = [linear.name for linear in linear_modules(model, facts_for(model)) if linear.tower in targets]
     model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": names, **options}))
     generator = torch.Generator().manual_seed(seed)

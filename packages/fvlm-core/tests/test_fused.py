@@ -201,7 +201,7 @@ def test_a_frozen_tower_gets_no_gradient(tiny, frozen):
 
 
 def test_full_finetuning_trains_the_base(tiny):
-    model = load_model(tiny("qwen2_vl"), precision=Precision.FULL).train()
+    model = load_model(tiny("qwen2_vl"), precision=Precision.FULL, device_map="cpu").train()
     batch = make_batch(model.config)
     stock = step(model, batch)
     fuse_model(model)
@@ -263,7 +263,7 @@ def test_a_table_entry_that_matches_nothing_is_an_error(model, monkeypatch):
 
 
 def test_loading_fuses_when_told_to(tiny):
-    assert fusion_report(load_model(tiny("qwen2_vl"))).fused == {}
+    assert fusion_report(load_model(tiny("qwen2_vl"), device_map="cpu")).fused == {}
     assert "task_model" in fusion_report(load_model(tiny("qwen2_vl"), fused_layers=True)).fused.values()
     with pytest.raises(ConfigError, match="fused_layer"):
         load_model(tiny("qwen2_vl"), fused_layer=True)
@@ -272,3 +272,21 @@ def test_loading_fuses_when_told_to(tiny):
 def test_a_family_without_a_table_is_left_as_it_is(tiny):
     model = load_model(tiny("paligemma"), fused_layers=True)
     assert fusion_report(model).summary == "no fused layers: the family has no table of them"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_places_of_the_images_may_be_given(tiny, family):
+    model = adapted_model(tiny(family))
+    batch = make_batch(model.config)
+    stock = step(model, batch)
+    fuse_model(model)
+    rows = (batch["input_ids"] == model.config.image_token_id).flatten().nonzero().squeeze(1)
+    positions, _ = model.base_model.model.model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
+    )
+    planned = {**batch, "position_ids": positions, "media_rows": rows, "inputs_embeds": None, "use_cache": False}
+    assert_same_step(step(model, planned), stock)
+    wrong = {**planned, "media_rows": rows.flip(0)}
+    assert step(model, wrong)[0] != stock[0]
+    model.eval()
+    torch.testing.assert_close(model(**planned).loss, stock[0])

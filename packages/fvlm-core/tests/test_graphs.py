@@ -53,7 +53,7 @@ def model(fused):
 @pytest.mark.parametrize("precision", [Precision.HALF, Precision.NF4], ids=str)
 @pytest.mark.parametrize("family", QWEN)
 def test_the_same_step_as_without_recordings(tiny, family, precision, device):
-    model = adapted_model(tiny(family), precision).to(device)
+    model = adapted_model(tiny(family), precision, device=device)
     fuse_model(model)
     batches = [make_batch(model.config, lengths, seed) for seed, lengths in enumerate([(24, 20), (30, 30), (9, 12)])]
     batches = [{name: value.to(device) for name, value in without_mask(batch).items()} for batch in batches]
@@ -70,7 +70,7 @@ def test_the_same_step_as_without_recordings(tiny, family, precision, device):
 
 @pytest.mark.gpu
 def test_bf16_under_autocast_equals_the_layers_themselves(tiny):
-    model = adapted_model(tiny("qwen2_vl"), Precision.NF4, dtype=torch.bfloat16).cuda()
+    model = adapted_model(tiny("qwen2_vl"), Precision.NF4, dtype=torch.bfloat16, device="cuda")
     fuse_model(model)
     batch = {name: value.cuda() for name, value in without_mask(make_batch(model.config, (64, 64))).items()}
     with torch.autocast("cuda", torch.bfloat16):

@@ -9,8 +9,9 @@ import torch
 
 from fvlm_core.arch import facts_for, media_token_ids, task_model
 from fvlm_core.arch.packing import packing_of
+from fvlm_core.batch_plan import IMAGE
 from fvlm_core.errors import ConfigError, DataError
-from fvlm_core.fused import has_fused_loss
+from fvlm_core.fused import has_fused, has_fused_loss
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
 from fvlm_vision.labels import label_rows, make_labels, response_marks
@@ -126,6 +127,7 @@ class FastVisionDataCollator:
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
         self.plan_loss = has_fused_loss(model) if plan_loss is None else plan_loss
+        self._plan_media = has_fused(model, "media_model")
         self._packing = packing_of(task_model(model)) if packing else None
         self._plan = None if facts.planner is None else facts.planner(task_model(model))
         self._tells_overflow = True
@@ -233,6 +235,8 @@ class FastVisionDataCollator:
             batch = packed(batch, self._packing, per_token, self._fill(), self.ignore_index, multiple)
         if self.plan_loss:
             batch["label_rows"] = label_rows(batch["labels"], self.ignore_index)
+            if self._plan_media and "mm_token_type_ids" in batch:
+                batch["media_rows"] = (batch["mm_token_type_ids"] == IMAGE).flatten().nonzero()[:, 0]
             if "position_ids" in batch and _only_trailing_padding(batch):
                 del batch["attention_mask"]
         return batch

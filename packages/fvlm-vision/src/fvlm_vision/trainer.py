@@ -16,14 +16,12 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 
-from fvlm_core.arch import facts_for, task_model, tower_of
 from fvlm_core.errors import ConfigError
 from fvlm_core.fused import LEARNED_TOKENS
 from fvlm_vision.collator import FastVisionDataCollator
-from fvlm_vision.flat_optimizer import FlatOptimizer
-from fvlm_vision.loading import LoadingTrainer
 from fvlm_vision.overflow import OverflowLog
 from fvlm_vision.rows import training_rows
+from fvlm_vision.stepping import SteppingTrainer
 from fvlm_vision.training_args import align, own_copy, sequence_limit
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class FastVisionTrainer(LoadingTrainer):
+class FastVisionTrainer(SteppingTrainer):
     """Trains a vision-language model. Everything that `trl.SFTTrainer` takes is taken, and:
 
     Args:
@@ -90,7 +88,6 @@ class FastVisionTrainer(LoadingTrainer):
         collator = _collator(model, processor, data_collator, own, formatting_func)
         align(own, model)
         forward = _Forward(model)
-        self._flat: FlatOptimizer | None = None
         trainable = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(
             model=model,
@@ -134,44 +131,6 @@ class FastVisionTrainer(LoadingTrainer):
         elif labels is not None and logits is not None and logits.shape[:2] == labels.shape:
             self._counts[self._mode()].append(_correct_and_all(logits.detach(), labels))
         return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer that the arguments ask for; over flat parameters where that gives the same values."""
-        trained: Any = self.model if model is None else model
-        if self.optimizer is not None or not self._can_be_flat(trained):
-            return super().create_optimizer(model)
-        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
-        if not FlatOptimizer.suits(kind, options):
-            return super().create_optimizer(model)
-        decayed = set(self.get_decay_parameter_names(trained))
-        named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for name, p in named if name in decayed], "weight_decay": self.args.weight_decay},
-            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
-        ]
-        facts = facts_for(trained)
-        towers = {id(p): tower_of(name, facts) for name, p in task_model(trained).named_parameters()}
-        self._flat = FlatOptimizer(kind, groups, options, together=lambda p: towers.get(id(p)))
-        self.optimizer = self._flat.optimizer
-        return self.optimizer
-
-    def _can_be_flat(self, model: Any) -> bool:
-        """Adapters on a GPU, and nobody else who looks for gradients in the optimizer's parameters."""
-        on_gpu = all(p.is_cuda for p in model.parameters() if p.requires_grad)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return isinstance(model, PeftModel) and on_gpu and not sharded and self.accelerator.scaler is None
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Clip the gradients; return their norm before."""
-        if self._flat is None:
-            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        return self._flat.clip(self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradients' norm, which is taken here where nothing is clipped."""
-        if grad_norm is None and self._flat is not None:
-            grad_norm = self._flat.clip(float("inf"))
-        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

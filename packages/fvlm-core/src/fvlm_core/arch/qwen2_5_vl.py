@@ -45,6 +45,7 @@ FACTS = ArchFacts(
     planner=_planner,
     fused={
         "Qwen2_5_VLForConditionalGeneration": "task_model",
+        "Qwen2_5_VLModel": "media_model",
         "Qwen2_5_VLDecoderLayer": "decoder_layer",
         "Qwen2_5_VLAttention": "attention",
         "Qwen2MLP": "gated_mlp",

@@ -41,6 +41,7 @@ FACTS = ArchFacts(
     planner=_planner,
     fused={
         "Qwen2VLForConditionalGeneration": "task_model",
+        "Qwen2VLModel": "media_model",
         "Qwen2VLDecoderLayer": "decoder_layer",
         "Qwen2VLAttention": "attention",
         "Qwen2MLP": "gated_mlp",

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
     from fvlm_core.fused.engine import FusionReport, fuse_model, fusion_report, unfuse_model
 
-__all__ = ["LEARNED_TOKENS", "FusionReport", "fuse_model", "fusion_report", "has_fused_loss", "unfuse_model"]
+__all__ = [
+    "LEARNED_TOKENS",
+    "FusionReport",
+    "fuse_model",
+    "fusion_report",
+    "has_fused",
+    "has_fused_loss",
+    "unfuse_model",
+]
 
 LEARNED_TOKENS = "learned_tokens"
 """Key of a fused model's training output: how many learned tokens it said right, and how many there are."""
@@ -29,8 +37,13 @@ def __getattr__(name: str) -> Any:
     return getattr(engine, name)
 
 
-def has_fused_loss(model: nn.Module) -> bool:
-    """Tell whether a model's training loss takes ``label_rows`` (`fvlm_core.fused.head`)."""
+def has_fused(model: nn.Module, kind: str) -> bool:
+    """Tell whether a model has a fused layer of a kind (`fvlm_core.fused.table`)."""
     from fvlm_core.fused.engine import fusion_report
 
-    return "task_model" in fusion_report(model).fused.values()
+    return kind in fusion_report(model).fused.values()
+
+
+def has_fused_loss(model: nn.Module) -> bool:
+    """Tell whether a model's training loss takes ``label_rows`` (`fvlm_core.fused.head`)."""
+    return has_fused(model, "task_model")

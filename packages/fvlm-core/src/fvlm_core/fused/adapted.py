@@ -6,10 +6,10 @@ at on every call; what was made of it is kept beside it and used again while not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,12 @@ class Adapted:
     Attributes:
         layer: what the kernels take.
         compute_dtype: of the product with a quantized base, or None for the input's.
-        state: everything that it was made of; equal to that of a later call while nothing has changed.
+        holds: tells whether the layer is in that state still.
     """
 
     layer: LoRALinear
     compute_dtype: torch.dtype | None
-    state: tuple[Any, ...]
+    holds: Callable[[], bool]
 
 
 class _UnfusedError(Exception):
@@ -122,27 +122,66 @@ def together(modules: Sequence[nn.Module]) -> tuple[list[LoRALinear], torch.dtyp
 
 
 def _adapted(module: nn.Module) -> Adapted:
+    kept: Adapted | None = vars(module).get(_KEPT)
+    if kept is not None and kept.holds():
+        return kept
     _check_called_plainly(module)
     base, adapter = _parts(module)
     weight, bias = base.weight, base.bias
-    a, b, scaling, dropout = adapter
     quant_state = getattr(weight, "quant_state", None)
-    places = tuple(0 if t is None else t.data_ptr() for t in (weight, bias, a, b))
-    state = (weight, quant_state, bias, a, b, scaling, dropout, *places)
-    kept: Adapted | None = vars(module).get(_KEPT)
-    if kept is not None and all(
-        old is new or (isinstance(new, float | int) and old == new) for old, new in zip(kept.state, state, strict=True)
-    ):
-        return kept
     compute_dtype: torch.dtype | None = None
     held: Tensor | NF4Weight
     if quant_state is not None or type(weight).__name__ == "Params4bit":
         compute_dtype, held = _nf4(base, weight, quant_state)
     else:
         held = _plain(weight)
-    made = Adapted(LoRALinear(held, a, b, scaling, bias, dropout), compute_dtype, state)
+    layer = LoRALinear(held, adapter.a, adapter.b, adapter.scaling, bias, adapter.dropout)
+    made = Adapted(layer, compute_dtype, _watch(module, base, adapter, layer))
     vars(module)[_KEPT] = made
     return made
+
+
+def _watch(module: Any, base: Any, adapter: _Adapter, layer: LoRALinear) -> Callable[[], bool]:
+    """Return what tells whether a layer is still as it was read.
+
+    It runs for every linear layer of a model in every pass, so it reads the modules' dictionaries themselves; what it
+    compares is all that `_parts` reads, and where the tensors lie.
+    """
+    weight, bias, quant_state = base.weight, base.bias, getattr(base.weight, "quant_state", None)
+    tensors = [t for t in (weight, bias, layer.a, layer.b) if t is not None]
+    places = [(t, t.data_ptr(), t.requires_grad) for t in tensors]
+    inside = [m for m in (module, base, *adapter.modules) if m is not None]
+    hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in inside]
+    owned = [vars(m) for m in inside]
+    name, own = adapter.name, vars(base)["_parameters"]
+    is_lora = module is not base
+    state = (module.disable_adapters, list(module.merged_adapters), module.active_adapters) if is_lora else ()
+    parts = {key: module._modules[key]._modules for key in ("lora_A", "lora_B", "lora_dropout")} if is_lora else {}
+    found = [(part, part.get(name)) for part in parts.values()]
+    matrices = [(m._parameters, t) for m, t in zip(adapter.modules, (layer.a, layer.b), strict=False)]
+
+    def holds() -> bool:
+        return (
+            own.get("weight") is weight
+            and own.get("bias") is bias
+            and getattr(weight, "quant_state", None) is quant_state
+            and all(t.data_ptr() == place and t.requires_grad is flag for t, place, flag in places)
+            and not any(a or b or c or d for a, b, c, d in hooks)
+            and not any("forward" in attributes for attributes in owned)
+            and (not is_lora or lora_holds())
+        )
+
+    def lora_holds() -> bool:
+        now = (module.disable_adapters, module.merged_adapters, module.active_adapters)
+        return (
+            vars(module)["_modules"]["base_layer"] is base
+            and now == state
+            and all(part.get(name) is one for part, one in found)
+            and all(parameters.get("weight") is t for parameters, t in matrices)
+            and (name is None or (module.scaling[name] == adapter.scaling and name not in module.lora_variant))
+        )
+
+    return holds
 
 
 def _check_called_plainly(module: nn.Module) -> None:
@@ -153,16 +192,23 @@ def _check_called_plainly(module: nn.Module) -> None:
         raise _UnfusedError("has a forward of its own")
 
 
-_Adapter = tuple[Tensor | None, Tensor | None, float, float]
+class _Adapter(NamedTuple):
+    """The active adapter of a layer; the defaults are those of a layer without one."""
+
+    name: str | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+    modules: tuple[nn.Module, ...] = ()
 
 
 def _parts(module: nn.Module) -> tuple[Any, _Adapter]:
-    """Return a layer's base and its active adapter: A, B, scaling and dropout."""
+    """Return a layer's base and its active adapter."""
     from peft.tuners.lora import LoraLayer
 
-    nothing: _Adapter = (None, None, 1.0, 0.0)
     if not isinstance(module, LoraLayer):
-        return _base(module), nothing
+        return _base(module), _Adapter()
     if not _is_plain_lora(module):
         raise _UnfusedError(f"is PEFT's {type(module).__name__}, not a plain LoRA layer")
     inner = module.base_layer
@@ -171,12 +217,12 @@ def _parts(module: nn.Module) -> tuple[Any, _Adapter]:
     if module.disable_adapters:
         if module.merged:
             raise _UnfusedError("is merged and disabled at once")
-        return base, nothing
+        return base, _Adapter()
     if module.merged:
-        return base, nothing
+        return base, _Adapter()
     names = [name for name in module.active_adapters if name in module.lora_A]
     if not names:
-        return base, nothing
+        return base, _Adapter()
     if len(names) > 1:
         raise _UnfusedError("has several active adapters")
     return base, _adapter(module, names[0])
@@ -194,11 +240,10 @@ def _adapter(module: LoraLayer, name: str) -> _Adapter:
         if type(part) is not nn.Linear:
             raise _UnfusedError(f"has a {type(part).__name__} in its adapter")
         _check_called_plainly(part)
-    if isinstance(dropout, nn.Dropout):
-        return first.weight, second.weight, module.scaling[name], dropout.p
-    if isinstance(dropout, nn.Identity):
-        return first.weight, second.weight, module.scaling[name], 0.0
-    raise _UnfusedError(f"has {type(dropout).__name__} in its adapter")
+    if not isinstance(dropout, nn.Dropout | nn.Identity):
+        raise _UnfusedError(f"has {type(dropout).__name__} in its adapter")
+    p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    return _Adapter(name, first.weight, second.weight, module.scaling[name], p, (first, second))
 
 
 def _is_plain_lora(module: nn.Module) -> bool:

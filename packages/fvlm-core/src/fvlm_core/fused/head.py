@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fvlm_core.fused.media import MEDIA_ROWS
 from fvlm_kernels import linear_cross_entropy
 
 LABEL_ROWS = "label_rows"
@@ -42,7 +43,8 @@ def task_model_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     for logits, or with a head that is adapted or hooked.
     """
     if not _is_training_call(module, args, kwargs):
-        kwargs.pop(LABEL_ROWS, None)
+        for name in (LABEL_ROWS, MEDIA_ROWS):
+            kwargs.pop(name, None)
         return type(module).forward(module, *args, **kwargs)
     labels, rows = kwargs.pop("labels"), kwargs.pop(LABEL_ROWS, None)
     num_items = kwargs.pop("num_items_in_batch", None)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.fused import attention, blocks, head, mlp, norms, patches, vision
+from fvlm_core.fused import attention, blocks, head, media, mlp, norms, patches, vision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,7 @@ LAYERS: dict[str, FusedLayer] = {
     "vision_attention": FusedLayer(vision.vision_attention_forward),
     "vision_block": FusedLayer(blocks.vision_block_forward),
     "patch_embed": FusedLayer(patches.patch_embed_forward),
+    "media_model": FusedLayer(media.media_model_forward),
     "task_model": FusedLayer(head.task_model_forward, head.task_model_unfit),
 }
 """Kind → layer; the values of ``ArchFacts.fused`` are these names."""

@@ -50,7 +50,6 @@ class LayerState:
         self._others = [(p, p.requires_grad, p.data_ptr()) for p in others]
         biases = [one.layer.bias for one in self.adapted if one is not None and one.layer.bias is not None]
         adapters = [p for one in self.adapted if one is not None for p in (one.layer.a, one.layer.b) if p is not None]
-        self._watched = [(p, p.requires_grad) for p in (*biases, *adapters)]
         self.trained = [p for p in (*adapters, *biases, *others) if p.requires_grad]
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
         dropped = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
@@ -58,10 +57,8 @@ class LayerState:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        return (
-            all(adapted(linear) is one for linear, one in zip(self._linears, self.adapted, strict=True))
-            and all(p.requires_grad is flag and p.data_ptr() == place for p, flag, place in self._others)
-            and all(p.requires_grad is flag for p, flag in self._watched)
+        return all(one is not None and one.holds() for one in self.adapted) and all(
+            p.requires_grad is flag and p.data_ptr() == place for p, flag, place in self._others
         )
 
     def pairs(self) -> Iterator[tuple[nn.Module, Adapted]]:
@@ -136,7 +133,7 @@ class RecordedLayer:
             self._copies |= {id(a): cast_a, id(b): cast_b}
             self._sources += [a, b]
             layer = LoRALinear(one.layer.base, cast_a, cast_b, one.layer.scaling, one.layer.bias, one.layer.dropout)
-            self._substitutes[linear] = Adapted(layer, one.compute_dtype, one.state)
+            self._substitutes[linear] = Adapted(layer, one.compute_dtype, one.holds)
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

@@ -1,0 +1,132 @@
+"""Fused and recorded layers under the collator, the trainers and PEFT: stock's losses, gradients and weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity_tools import clones, flat_gradients, make_batches, stock_model, trainable
+from transformers import Trainer, TrainingArguments
+
+from fvlm_core.checkpointing import graphs_of, use_graphs
+from fvlm_core.graphs import LayerGraphs
+from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
+
+STEPS = 32
+
+
+@pytest.fixture(scope="module", params=["16bit", "4bit"])
+def pair(request, qwen2_vl_folder):
+    """The same adapter on the same base: stock, and FVLM's with fused layers that are recorded."""
+    four_bit = request.param == "4bit"
+    model, processor = FastVisionModel.from_pretrained(
+        qwen2_vl_folder, load_in_4bit=four_bit, load_in_16bit=not four_bit, fused_layers=True, device_map="cpu"
+    )
+    use_graphs(model, LayerGraphs(rehearse=True))
+    model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=8)
+    stock = stock_model(qwen2_vl_folder, four_bit=four_bit, targets=model.fvlm_targets.modules)
+    start = {name: p.detach().clone() for name, p in trainable(model).items()}
+    generator = torch.Generator().manual_seed(1)
+    for name in start:
+        start[name] = torch.randn(start[name].shape, generator=generator) * 0.05
+    return model, stock, processor, start
+
+
+def restore(model, start):
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(start[name])
+
+
+def plain(processor, samples, model):
+    """A batch as stock takes it."""
+    batch = FastVisionDataCollator(model, processor, plan_loss=False)(samples)
+    kept = {name: value for name, value in clones(batch).items() if name in processor.model_input_names}
+    return {**kept, "labels": batch["labels"].clone()}
+
+
+def test_three_batches_three_times(pair):
+    model, stock, processor, start = pair
+    restore(model, start)
+    restore(stock, start)
+    model.train()
+    stock.train()
+    collator = FastVisionDataCollator(model, processor)
+    batches = make_batches(3)
+    assert {"label_rows", "media_rows"} <= set(collator(batches[0]))
+    assert "attention_mask" not in collator(batches[0])
+    for samples in batches * 3:
+        stock.zero_grad()
+        expected = stock(**plain(processor, samples, stock)).loss
+        expected.backward()
+        model.zero_grad()
+        loss = model(**collator(samples)).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        theirs = flat_gradients(stock)
+        for name, gradient in flat_gradients(model).items():
+            error = (gradient - theirs[name]).norm() / theirs[name].norm()
+            assert error < 1e-5, (name, float(error))
+    assert graphs_of(model).replayed > graphs_of(model).recorded > 0
+
+
+def curve(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", [FastVisionTrainer, Trainer])
+def test_a_run_of_the_trainer_follows_the_plain_loop(pair, tmp_path, kind):
+    model, stock, processor, start = pair
+    restore(model, start)
+    restore(stock, start)
+    batches = make_batches(STEPS)
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+        max_grad_norm=0.5,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=True,
+    )
+    options = {"processing_class": processor}
+    trainer = kind(
+        model=model,
+        args=args,
+        data_collator=FastVisionDataCollator(model, processor),
+        train_dataset=[sample for batch in batches for sample in batch],
+        **options,
+    )
+    losses = curve(trainer)
+    assert len(losses) == STEPS
+    optimizer = torch.optim.AdamW(trainable(stock).values(), lr=1e-3, weight_decay=0.0)
+    stock.train()
+    for samples, ours in zip(batches, losses, strict=True):
+        expected = stock(**plain(processor, samples, stock)).loss
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(trainable(stock).values(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert ours == pytest.approx(expected.item(), rel=2e-3)
+
+
+def test_evaluation_and_generation_after_training(pair):
+    model, stock, processor, start = pair
+    restore(model, start)
+    restore(stock, start)
+    FastVisionModel.for_inference(model)
+    stock.eval()
+    inputs = plain(processor, make_batches(1)[0][:1], stock)
+    del inputs["labels"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=1e-4, atol=1e-5)
+        tokens = [m.generate(**inputs, max_new_tokens=8, do_sample=False) for m in (model, stock)]
+    assert torch.equal(*tokens)
+    FastVisionModel.for_training(model)

@@ -91,6 +91,7 @@ class VideoReader:
         self.processor: Any = processor.video_processor if "video_processor" in processor.get_attributes() else None
         self.images = images
         self.options = options or VideoOptions()
+        self._pair: int = getattr(self.processor, "temporal_patch_size", None) or 1  # frames that become one
         self._most: int = getattr(self.processor, "max_frames", _MOST_FRAMES)
         self._timed = "second_per_grid_ts" in processor.model_input_names
         self._rate_noted = False
@@ -121,7 +122,8 @@ class VideoReader:
         Args:
             source: a list of images (in any form that `ImageReader` reads), an array or tensor of frames
                 (T×H×W×C or T×C×H×W), a file as a path, bytes or an HTTP(S) address, or a mapping with one of these as
-                `video`, `frames`, `path`, `bytes` or `url`, and `fps`, the rate of the frames in it.
+                `video`, `frames`, `path`, `bytes` or `url`, and `fps`: beside frames the rate that they have, beside a
+                file the frames a second that are taken of it, whatever the options say.
 
         Raises:
             DataError: the family takes no videos; the video is missing, corrupt, empty or too large; its frames differ
@@ -132,7 +134,7 @@ class VideoReader:
         if isinstance(content, list):
             return self._frames(content, rate)
         decoder, name = self._decoder(content)
-        metadata = self._of_file(decoder, name)
+        metadata = self._of_file(decoder, name, rate)
         with _told(name):
             return Video(decoder.get_frames_at(metadata["frames_indices"]).data, metadata)
 
@@ -146,7 +148,7 @@ class VideoReader:
         content, rate = self._content(source)
         if isinstance(content, list):
             return _metadata(self.images.size(content[0]), len(content), rate, self._taken(len(content), rate))
-        return self._of_file(*self._decoder(content))
+        return self._of_file(*self._decoder(content), rate)
 
     def _content(self, source: Any) -> tuple[Any, float | None]:
         """Return a list of frames, or what holds a file; and the rate that stands beside it."""
@@ -182,14 +184,14 @@ class VideoReader:
         pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
         return Video(pixels.contiguous(), _metadata(images[0].size, len(frames), rate, taken))
 
-    def _of_file(self, decoder: Any, name: str) -> dict[str, Any]:
-        """Return the metadata of a file, with the frames that are taken of it."""
+    def _of_file(self, decoder: Any, name: str, asked: float | None) -> dict[str, Any]:
+        """Return the metadata of a file, with the frames that are taken of it: `asked` a second, where it is given."""
         about = decoder.metadata
         total, rate = about.num_frames, about.average_fps
         if not total or not rate:
             raise DataError(f"the video {name} does not tell its frames and their rate; encode it again.")
         self.images.check_size((about.width, about.height))
-        taken = self._taken(total, rate, always=bool(self.processor.do_sample_frames))
+        taken = self._taken(total, rate, asked, always=bool(self.processor.do_sample_frames))
         if len(taken) > self._most:
             raise DataError(
                 f"the video {name} has {total} frames, over the {self._most} that its processor takes "
@@ -197,11 +199,11 @@ class VideoReader:
             )
         return _metadata((about.width, about.height), total, rate, taken)
 
-    def _taken(self, total: int, rate: float | None, always: bool = False) -> list[int]:
+    def _taken(self, total: int, rate: float | None, asked: float | None = None, always: bool = False) -> list[int]:
         """Return the numbers of the frames that are taken: all, or by the family's own rule where that is asked for."""
         from transformers.video_utils import VideoMetadata
 
-        fps, number = self.options.fps, self.options.num_frames
+        fps, number = (self.options.fps, self.options.num_frames) if asked is None else (asked, None)
         if fps is None and number is None and not always:
             return list(range(total))
         if fps is not None and rate is None:
@@ -209,9 +211,11 @@ class VideoReader:
                 f"{fps} frames a second are asked for and a video does not tell its own rate; put 'fps' beside its "
                 "frames, or ask for num_frames."
             )
-        asked = {"num_frames": min(number, total)} if number is not None else {} if fps is None else {"fps": fps}
+        chosen: dict[str, Any] = {} if fps is None else {"fps": fps}
+        if number is not None:  # the families round up to whole pairs, which a short video may not have
+            chosen = {"num_frames": number if number < total else total - total % self._pair}
         try:
-            indices = self.processor.sample_frames(metadata=VideoMetadata(total, fps=rate), **asked)
+            indices = self.processor.sample_frames(metadata=VideoMetadata(total, fps=rate), **chosen)
         except (ValueError, ZeroDivisionError) as error:
             raise DataError(f"{total} frames of a video cannot be sampled ({error}).") from error
         return [int(index) for index in indices]

@@ -93,6 +93,8 @@ def test_the_generic_path_takes_frames(family, shared_model_of, processor_of, te
     expected = stock(processor, samples)
     for name, value in expected.items():
         torch.testing.assert_close(batch[name], value, rtol=0, atol=0, msg=name)
+    sampled = FastVisionDataCollator(shared_model_of(family), processor, video_options=VideoOptions(num_frames=9))
+    assert torch.equal(sampled(samples)["input_ids"], expected["input_ids"])  # 4 frames are there
     with pytest.raises(ConfigError, match="every frame to one size"):
         FastVisionDataCollator(shared_model_of(family), processor, video_options=VideoOptions(max_pixels=9999))
 
@@ -208,6 +210,7 @@ def test_frames_must_be_of_one_size_and_tell_their_rate(processor_of, picture, f
         reader(processor).read([picture(60, 60), picture(70, 60)])
     with pytest.raises(DataError, match="does not tell its own rate"):
         reader(processor, fps=1.0).read(film(8))
+    assert reader(processor, num_frames=8).look(film(5))["frames_indices"] == [0, 1, 2, 3]  # 8 are asked, 5 there
     with pytest.raises(DataError, match="cannot be sampled"):
         reader(processor, fps=9.0).read({"frames": film(1), "fps": 1})
     one = reader(processor)
@@ -260,5 +263,8 @@ def test_files_are_decoded_and_sampled(processor_of):
     assert sampled.metadata["frames_indices"] == [0, 2, 4, 7, 9, 11]
     torch.testing.assert_close(sampled.frames, whole.frames[[0, 2, 4, 7, 9, 11]], rtol=0, atol=0)
     assert reader(processor_of("qwen2_vl"), num_frames=4).look(CLIP)["frames_indices"] == [0, 3, 6, 9]
+    own = reader(processor_of("qwen2_vl"), num_frames=4).read({"path": CLIP, "fps": 2})  # of this file alone
+    assert own.metadata["frames_indices"] == [0, 2, 4, 6, 8, 10]
+    assert own.metadata["fps"] == 4
     with pytest.raises(DataError, match="corrupt"):
         reader(processor_of("qwen2_vl")).read(CLIP.read_bytes()[:200])

@@ -56,12 +56,14 @@ def estimate(
     from fvlm_cli.config.read import read_config
     from fvlm_cli.estimate.gpus import find_gpu
     from fvlm_cli.estimate.plan import estimate as work_out
+    from fvlm_cli.generate.load import quiet_libraries
     from fvlm_cli.inspection.opened import open_model
 
     read = read_config(config, settings or [])
     card = None if gpu is None else find_gpu(gpu)
     size = None if image is None else _size(image)
     section = read.model
+    quiet_libraries(out.debug)
     opened = open_model(section.name, section.trust_remote_code, section.revision, section.token)
     vars(opened.skeleton)["max_seq_length"] = section.max_seq_length
     loads = (

@@ -34,10 +34,12 @@ def preview(
     `fvlm train` would refuse.
     """
     from fvlm_cli.config.read import read_config
+    from fvlm_cli.generate.load import quiet_libraries
     from fvlm_cli.preview.look import look
     from fvlm_cli.preview.record import as_data
     from fvlm_cli.preview.terminal import show
 
+    quiet_libraries(out.debug)
     read = read_config(config, settings or [])
     found = look(read, out, show=rows, check=check)
     data = as_data(found)

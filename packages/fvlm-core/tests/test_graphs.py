@@ -9,7 +9,7 @@ import pytest
 import torch
 from fused_tools import QWEN, adapted_model, assert_equal_step, assert_same_step, gradients, make_batch, step
 
-from fvlm_core import Precision
+from fvlm_core import ConfigError, Precision
 from fvlm_core.checkpointing import (
     apply_checkpointing,
     graphs_of,
@@ -28,12 +28,18 @@ def without_mask(batch):
     return {name: value for name, value in batch.items() if name != "attention_mask"}
 
 
-def recorded(model):
+def recorded(model, mode=True, **options):
     """Record a fused model's layers from now on; return what does it."""
-    graphs = LayerGraphs(rehearse=model.device.type == "cpu")
+    graphs = LayerGraphs(rehearse=model.device.type == "cpu", **options)
     use_graphs(model, graphs)
-    apply_checkpointing(model, True)
+    assert apply_checkpointing(model, mode) == mode
     return graphs
+
+
+def kept(graphs):
+    """How many recorded layers keep what they compute, and how many there are."""
+    layers = [layer for kind in graphs._stages.values() for layer in kind.layers.values()]
+    return sum(layer.kept for layer in layers), len(layers)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +56,16 @@ def model(fused):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", [True, "auto"])
 @pytest.mark.parametrize("precision", [Precision.HALF, Precision.NF4], ids=str)
 @pytest.mark.parametrize("family", QWEN)
-def test_the_same_step_as_without_recordings(tiny, family, precision, device):
+def test_the_same_step_as_without_recordings(tiny, family, precision, mode, device):
     model = adapted_model(tiny(family), precision, device=device)
     fuse_model(model)
     batches = [make_batch(model.config, lengths, seed) for seed, lengths in enumerate([(24, 20), (30, 30), (9, 12)])]
     batches = [{name: value.to(device) for name, value in without_mask(batch).items()} for batch in batches]
     expected = [step(model, batch) for batch in batches]
-    graphs = recorded(model)
+    graphs = recorded(model, mode)
     for _ in range(3):
         for batch, wanted in zip(batches, expected, strict=True):
             assert_same_step(step(model, batch), wanted, tolerance=1e-5)
@@ -66,6 +73,7 @@ def test_the_same_step_as_without_recordings(tiny, family, precision, device):
                                             model.base_model.model.model.language_model.layers))  # fmt: skip
     assert graphs.recorded == layers  # three lengths, one recording
     assert graphs.replayed == 8 * layers  # the first batch of all came before the second sight
+    assert kept(graphs) == (layers if mode == "auto" else 0, layers)
 
 
 @pytest.mark.gpu
@@ -90,9 +98,10 @@ def test_an_exact_mask_is_recorded_at_its_own_shape(model):
     assert graphs.replayed == 2 * graphs.recorded > 0
 
 
-def test_parameters_may_change_in_place(model):
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_parameters_may_change_in_place(model, mode):
     batch = without_mask(make_batch(model.config))
-    recorded(model)
+    recorded(model, mode)
     for _ in range(3):
         step(model, batch)
     with torch.no_grad():
@@ -104,7 +113,8 @@ def test_parameters_may_change_in_place(model):
     assert_same_step(ours, step(model, batch))
 
 
-def test_gradients_add_up(model):
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_gradients_add_up(model, mode):
     batches = [without_mask(make_batch(model.config, seed=seed)) for seed in range(3)]
 
     def accumulated():
@@ -114,20 +124,21 @@ def test_gradients_add_up(model):
         return gradients(model)
 
     expected = accumulated()
-    recorded(model)
+    recorded(model, mode)
     for _ in range(3):
         ours = accumulated()
     for name, gradient in expected.items():
         assert (ours[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
-def test_two_forward_passes_before_the_backward_passes(model):
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_two_forward_passes_before_the_backward_passes(model, mode):
     """A backward pass brings its own input and rotary tables back, whatever was loaded since."""
     first, second = (
         without_mask(make_batch(model.config, lengths, seed)) for seed, lengths in ((0, (24, 24)), (1, (30, 11)))
     )
     expected = [step(model, batch) for batch in (first, second)]
-    recorded(model)
+    recorded(model, mode)
     for _ in range(2):
         for batch in (first, second):
             step(model, batch)
@@ -252,3 +263,37 @@ def test_the_oldest_shape_is_dropped(model, monkeypatch):
         step(model, without_mask(make_batch(model.config, (length, length))))
     assert len(graphs._stages) == 3
     assert graphs.recorded > 6
+
+
+@pytest.mark.parametrize(("budget", "layers"), [(2.5 / 1024, 2), (1 / 2**30, 0), (None, 4)])
+def test_what_is_kept_stays_within_the_budget(model, monkeypatch, budget, layers):
+    """Each layer counts for one MiB where there is no GPU to ask."""
+    monkeypatch.setattr("fvlm_core.graphs.runner._FIRST_GUESS", 1 << 20)
+    batch = without_mask(make_batch(model.config))
+    expected = step(model, batch)
+    graphs = recorded(model, "auto", memory_budget=budget)
+    for _ in range(3):
+        assert_same_step(step(model, batch), expected)
+    assert kept(graphs) == (layers, 4)
+
+
+def test_a_budget_must_be_an_amount():
+    with pytest.raises(ConfigError, match=r"memory_budget=0 is no amount of memory: pass GiB above 0"):
+        LayerGraphs(memory_budget=0)
+
+
+@pytest.mark.gpu
+def test_keeping_takes_memory_and_spares_the_second_forward_pass(tiny):
+    model = adapted_model(tiny("qwen2_vl"), Precision.NF4, dtype=torch.bfloat16, device="cuda")
+    fuse_model(model)
+    batch = {name: value.cuda() for name, value in without_mask(make_batch(model.config, (512, 512))).items()}
+    held, results = {}, {}
+    for mode in (True, "auto"):
+        graphs = recorded(model, mode)
+        for _ in range(3):
+            results[mode] = step(model, batch)
+        model.zero_grad()
+        held[mode] = torch.cuda.memory_allocated()
+        assert kept(graphs) == (4 if mode == "auto" else 0, 4)
+    assert held["auto"] > held[True]
+    assert_same_step(results["auto"], results[True], tolerance=1e-6)

@@ -5,7 +5,10 @@
 | ``False`` | everything it computed | device |
 | ``True`` | what went into it | device |
 | ``"offload"``, ``"unsloth"`` | what went into it | pinned host memory |
-| ``"auto"`` | as ``"offload"`` for now | |
+| ``"auto"`` | everything, as far as there is room; the other layers as with ``"offload"`` | device |
+
+``"auto"`` needs layers that run as CUDA graphs (`fvlm_core.graphs`): there it is known before a step what each of them
+keeps. Elsewhere it is ``"offload"``, and says so.
 
 A layer through which no gradient flows keeps nothing in any mode, and is not computed again: a frozen vision tower
 costs its forward pass only. Recomputation is non-reentrant, so a frozen embedding in front of trainable layers needs no
@@ -43,7 +46,7 @@ _ALIASES: dict[bool | str, bool | str] = {
     True: True,
     "offload": "offload",
     "unsloth": "offload",
-    "auto": "offload",
+    "auto": "auto",
 }
 
 
@@ -60,7 +63,9 @@ class Recompute:
 
     @property
     def mode(self) -> bool | str:
-        """The mode that it carries out: True or ``"offload"``."""
+        """The mode that it carries out: True, ``"offload"`` or ``"auto"``."""
+        if self.graphs is not None and self.graphs.keep:
+            return "auto"
         return "offload" if self.offload else True
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
@@ -68,9 +73,7 @@ class Recompute:
         if not torch.is_grad_enabled():
             return layer(*args)
         if self.graphs is not None:
-            offloading = offloaded(args[0]) if self.offload and args else nullcontext()
-            with offloading:
-                out = self.graphs.run(layer, args)
+            out = self.graphs.run(layer, args, partial(offloaded, *args) if self.offload else nullcontext)
             if out is not None:
                 return out
         if not _carries_gradient(layer, args):
@@ -96,7 +99,7 @@ def _carries_gradient(layer: Callable[..., Any], args: tuple[Any, ...]) -> bool:
 
 
 def canonical_mode(mode: bool | str) -> bool | str:
-    """False, True or ``"offload"`` for a mode as the user writes it.
+    """False, True, ``"offload"`` or ``"auto"`` for a mode as the user writes it.
 
     Raises:
         ConfigError: it is none of the modes.
@@ -121,16 +124,17 @@ def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
         mode: False, True, ``"offload"`` (``"unsloth"``) or ``"auto"``; see the module's table.
 
     Returns:
-        What was applied: False, True or ``"offload"``. It is False, with a warning, for a model whose class does not
-        support checkpointing.
+        What was applied: False, True, ``"offload"`` or ``"auto"``. It is False, with a warning, for a model whose class
+        does not support checkpointing.
 
     Raises:
         ConfigError: ``mode`` is none of the modes.
     """
     chosen = canonical_mode(mode)
     base = _base_model(model)
-    if mode == "auto":
-        logger.info("use_gradient_checkpointing='auto' is 'offload' for now: it does not look at the free memory yet.")
+    if chosen == "auto" and graphs_of(base) is None:
+        logger.info("use_gradient_checkpointing='auto' is 'offload' here: no layer runs as a CUDA graph.")
+        chosen = "offload"
     if chosen is not False and not _supports(base):
         logger.warning("%s does not support gradient checkpointing: it stays off.", type(base).__name__)
         chosen = False
@@ -204,7 +208,10 @@ def _supports(base: PreTrainedModel) -> bool:
 
 def _switch(base: PreTrainedModel, mode: bool | str) -> None:
     if mode is not False:
-        function = Recompute(offload=mode == "offload", graphs=vars(base).get(_GRAPHS))
+        graphs = graphs_of(base)
+        if graphs is not None:
+            graphs.keep = mode == "auto"
+        function = Recompute(offload=mode in ("offload", "auto"), graphs=graphs)
         base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     elif base.supports_gradient_checkpointing:
         base.gradient_checkpointing_disable()

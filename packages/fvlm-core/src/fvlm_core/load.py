@@ -59,6 +59,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fused_layers: bool | None = None,
+    memory_budget: float | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load an image-text-to-text model.
@@ -73,6 +74,8 @@ def load_model(
         trust_remote_code: run model code that the checkpoint brings along.
         fused_layers: run fused layers in the place of the model's own (`fvlm_core.fused`); None: where the whole model
             lies on a GPU.
+        memory_budget: GiB of device memory that may be allocated in all while ``use_gradient_checkpointing="auto"``
+            chooses what layers keep; None: what is free, less a reserve (`fvlm_core.graphs.room`).
         **kwargs: options of transformers' ``from_pretrained``: those of `HUB_OPTIONS` and `MODEL_OPTIONS`.
 
     Returns:
@@ -86,6 +89,7 @@ def load_model(
     check_options(kwargs)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
     options = {key: value for key, value in kwargs.items() if key in MODEL_OPTIONS}
+    graphs = LayerGraphs(memory_budget=memory_budget)
     source = find_source(model_name, revision, token, **hub)
     placed = choose_device_map(device_map)
     chosen_dtype = choose_dtype(dtype, main_device(placed))
@@ -110,7 +114,7 @@ def load_model(
     if fused_layers is True or (fused_layers is None and all(p.is_cuda for p in model.parameters())):
         logger.info("%s", fuse_model(model).summary)
         if main_device(placed).type == "cuda":
-            use_graphs(model, LayerGraphs())
+            use_graphs(model, graphs)
     origin = Origin(
         source=source.name,
         revision=revision,
@@ -129,7 +133,7 @@ def check_options(kwargs: dict[str, Any]) -> None:
     Raises:
         ConfigError: one is unknown; the message names the nearest known one.
     """
-    known = (*HUB_OPTIONS, *MODEL_OPTIONS, "fused_layers")
+    known = (*HUB_OPTIONS, *MODEL_OPTIONS, "fused_layers", "memory_budget")
     for name in kwargs:
         if name not in known:
             near = get_close_matches(name, known, n=1)

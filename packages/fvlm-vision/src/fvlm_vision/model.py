@@ -83,8 +83,8 @@ class FastVisionModel:
             fast_inference: start a vLLM engine on the same checkpoint, as ``model.vllm_engine`` and
                 ``model.fast_generate``.
             gpu_memory_utilization: the share of the GPU's memory that this engine may take, above 0 and up to 1.
-            **kwargs: further options of loading, such as ``attn_implementation``, ``cache_dir`` or ``fused_layers``;
-                see `fvlm_core.load.load_model`.
+            **kwargs: further options of loading, such as ``attn_implementation``, ``cache_dir``, ``fused_layers`` or
+                ``memory_budget``; see `fvlm_core.load.load_model`.
 
         Returns:
             The model in evaluation mode and its processor. The model carries ``save_pretrained_merged`` and

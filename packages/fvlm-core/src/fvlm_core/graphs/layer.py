@@ -9,79 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fvlm_core.fused.adapted import Adapted, adapted, substituted
+from fvlm_core.fused.adapted import Adapted, substituted
 from fvlm_core.graphs.stage import Stage
+from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import Recorder, Tape
 from fvlm_kernels import LoRALinear
 
 Autocast = torch.dtype | None
 """The dtype of autocast where it is on."""
-
-
-def linear_layers(module: nn.Module) -> list[nn.Module]:
-    """Return the linear layers of a block, PEFT's wrappers in the place of what they wrap."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found: list[nn.Module] = []
-
-    def visit(parent: nn.Module) -> None:
-        for child in parent.children():
-            if isinstance(child, BaseTunerLayer | nn.Linear):
-                found.append(child)
-            else:
-                visit(child)
-
-    visit(module)
-    return found
-
-
-class LayerState:
-    """What of a layer's state a recording depends on beside its shapes; compared before every replay.
-
-    Args:
-        module: the layer.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._linears = linear_layers(module)
-        self.adapted = [adapted(linear) for linear in self._linears]
-        inside = {id(p) for linear in self._linears for p in linear.parameters()}
-        others = [p for p in module.parameters() if id(p) not in inside]
-        self._others = [(p, p.requires_grad, p.data_ptr()) for p in others]
-        biases = [one.layer.bias for one in self.adapted if one is not None and one.layer.bias is not None]
-        adapters = [p for one in self.adapted if one is not None for p in (one.layer.a, one.layer.b) if p is not None]
-        self.trained = [p for p in (*adapters, *biases, *others) if p.requires_grad]
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
-        dropped = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
-        self.recordable = None not in self.adapted and not hooked and not dropped
-
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
-        return all(one is not None and one.holds() for one in self.adapted) and all(
-            p.requires_grad is flag and p.data_ptr() == place for p, flag, place in self._others
-        )
-
-    def pairs(self) -> Iterator[tuple[nn.Module, Adapted]]:
-        """Yield each linear layer that has an adapter with what it is for the kernels."""
-        for linear, one in zip(self._linears, self.adapted, strict=True):
-            if one is not None and one.layer.a is not None:
-                yield linear, one
-
-
-class Copies:
-    """Parameters in another dtype, at a place that stays; all recordings of a model share them."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the place of a parameter's copy; whoever reads it fills it first."""
-        key = (id(parameter), dtype)
-        held = self._held.get(key)
-        if held is None or held[0] is not parameter or held[1].requires_grad is not parameter.requires_grad:
-            copy = torch.empty_like(parameter, dtype=dtype).detach().requires_grad_(parameter.requires_grad)
-            held = self._held[key] = parameter, copy
-        return held[1]
 
 
 class RecordedLayer:
@@ -121,6 +56,10 @@ class RecordedLayer:
             self._flat, self._views = stage.gradients_for(self.trained)
         self._forward_tape: Tape | None = None
         self._backward_tape: Tape | None = None
+        self._kept_backward_tape: Tape | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
+        self.passes = 0
+        """How often the forward pass was replayed; a kept layer holds what belongs to the last one."""
         self._recorder = recorder
         self._sizes = [p.numel() for p in self.trained]
 
@@ -159,12 +98,31 @@ class RecordedLayer:
         """What is recorded as the backward pass: the forward pass again, and the gradients."""
         self._refresh()
         x = self.stage.x.detach().requires_grad_(self.stage.needs_dx)
+        with torch.enable_grad(), self._prepared():
+            y = self._run(x)
+        self._differentiate(x, y, keep=False)
+
+    def work_forward_kept(self) -> None:
+        """What is recorded as the forward pass of a layer that keeps what it computes, its own input included."""
+        self._refresh()
+        x = self.stage.x.clone().requires_grad_(self.stage.needs_dx)
+        with torch.enable_grad(), self._prepared():
+            y = self._run(x)
+        self._held = x, y
+        with torch.no_grad():
+            self.stage.y.copy_(y)
+
+    def work_backward_kept(self) -> None:
+        """What is recorded as its backward pass; what it reads stays held, since the next replay fills it again."""
+        if self._held is None:
+            raise RuntimeError("a layer's backward pass is recorded before its forward pass")
+        self._differentiate(*self._held, keep=True)
+
+    def _differentiate(self, x: Tensor, y: Tensor, keep: bool) -> None:
+        """Write the gradients of the input and of the trained parameters to the stage."""
         leaves = [self._copies.get(id(p), p) for p in self.trained]
         wanted = [x, *leaves] if self.stage.needs_dx else leaves
-        with torch.enable_grad():
-            with self._prepared():
-                y = self._run(x)
-            found = list(torch.autograd.grad(y, wanted, self.stage.dy, allow_unused=True))
+        found = list(torch.autograd.grad(y, wanted, self.stage.dy, allow_unused=True, retain_graph=keep))
         with torch.no_grad():
             if self.stage.needs_dx and self.stage.dx is not None:
                 dx = found.pop(0)
@@ -197,25 +155,51 @@ class RecordedLayer:
             self._recorder.warm_up(self.work_backward)
         return True
 
-    def record(self) -> None:
-        """Record both passes."""
+    def record(self, keep: bool) -> None:
+        """Record both passes.
+
+        Args:
+            keep: whether what the forward pass computes stays in memory for the backward pass.
+        """
+        if keep and self._has_gradients:
+            self._forward_tape = self._recorder.record(self.work_forward_kept)
+            self._kept_backward_tape = self._recorder.record(self.work_backward_kept)
+            return
         self._forward_tape = self._recorder.record(self.work_forward)
         if self._has_gradients:
             self._backward_tape = self._recorder.record(self.work_backward)
+
+    @property
+    def kept(self) -> bool:
+        """Whether it keeps what its forward pass computes."""
+        return self._kept_backward_tape is not None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Replay the forward pass."""
         stage = self.stage
         stage.load(stage.x, hidden)
         _replay(self._forward_tape)
+        self.passes += 1
         return stage.take(stage.y, hidden.shape[-2])
+
+    def backward_kept(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """Replay the backward pass of the last forward pass; see `backward`."""
+        self.stage.load(self.stage.dy, dy)
+        _replay(self._kept_backward_tape)
+        return self._results(dy)
 
     def backward(self, hidden: Tensor, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """Replay the backward pass; return the gradients of the input and of the trained parameters."""
         stage = self.stage
         stage.load(stage.x, hidden)
         stage.load(stage.dy, dy)
+        if self._backward_tape is None:
+            self._backward_tape = self._recorder.record(self.work_backward)
         _replay(self._backward_tape)
+        return self._results(dy)
+
+    def _results(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        stage = self.stage
         dx = None if stage.dx is None else stage.take(stage.dx, dy.shape[-2])
         if self._flat is None:
             return dx, []
@@ -247,13 +231,18 @@ class Replay(torch.autograd.Function):
         ctx.layer, ctx.values = layer, values
         ctx.save_for_backward(hidden)
         layer.stage.load_arguments(values)
-        return layer.forward(hidden)
+        out = layer.forward(hidden)
+        ctx.number = layer.passes
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Replay the backward pass."""
+        """Replay the backward pass; of a layer that keeps nothing, or something newer by now, from its input."""
         layer: RecordedLayer = ctx.layer
-        (hidden,) = ctx.saved_tensors
         layer.stage.load_arguments(ctx.values)
-        dx, parameters = layer.backward(hidden, grads[0])
+        if layer.kept and ctx.number == layer.passes:
+            dx, parameters = layer.backward_kept(grads[0])
+        else:
+            (hidden,) = ctx.saved_tensors
+            dx, parameters = layer.backward(hidden, grads[0])
         return None, None, dx, *parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -13,8 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fvlm_core.graphs.layer import Copies, LayerState, RecordedLayer, Replay
+from fvlm_core.graphs.layer import RecordedLayer, Replay
+from fvlm_core.graphs.room import Room
 from fvlm_core.graphs.stage import Key, Stage, can_round_up, describe
+from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
 
 logger = logging.getLogger(__name__)
@@ -23,10 +26,13 @@ MOST_STAGES = 16
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
 ROUND_TO = 64
 """Lengths are rounded up to a multiple of this."""
+_FIRST_GUESS = 1 << 28
+"""Bytes that the first layer of a kind is taken to keep, before one is recorded."""
 _FUSED_CAUSAL = "decoder_layer"
 _OF_MEDIA = ("image_", "video_")
 """What the names of arguments start with that the vision tower reads, and that transformers hands to every layer."""
 
+Saving = Callable[[], AbstractContextManager[Any]]
 _Prepared = tuple[RecordedLayer, tuple[Any, ...]]
 """A recorded layer and the keyword arguments of a call."""
 
@@ -38,10 +44,17 @@ class LayerGraphs:
 
     Args:
         rehearse: use recordings that run the layers' own code again, on any device; for tests.
+        memory_budget: GiB of device memory, for `keep`; see `Room`.
+
+    Attributes:
+        keep: whether layers keep what their forward passes compute, as far as there is room for it; the others compute
+            it again.
     """
 
-    def __init__(self, rehearse: bool = False) -> None:
+    def __init__(self, rehearse: bool = False, memory_budget: float | None = None) -> None:
         self._rehearse = rehearse
+        self._room = Room(memory_budget)
+        self.keep = False
         self._recorder: Recorder | None = None
         self._stages: OrderedDict[Key, _Kind] = OrderedDict()
         self._seen: WeakKeyDictionary[nn.Module, set[Key]] = WeakKeyDictionary()
@@ -51,25 +64,30 @@ class LayerGraphs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:
         """A copied model records anew: a recording works on the memory of the one that it was made of."""
-        return LayerGraphs(self._rehearse)
+        return self._fresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Nothing of a recording can be stored."""
-        return LayerGraphs, (self._rehearse,)
+        return _made, (self._rehearse, self._room.budget, self.keep)
 
-    def run(self, layer: Callable[..., Any], args: tuple[Any, ...]) -> Tensor | None:
+    def _fresh(self) -> LayerGraphs:
+        return _made(self._rehearse, self._room.budget, self.keep)
+
+    def run(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving = nullcontext) -> Tensor | None:
         """Run a layer as a recording; None where it must be run as it is.
 
         Args:
             layer: the call of a module, its keyword arguments bound.
             args: its positional arguments: the hidden state.
+            saving: makes the context in which autograd saves the hidden state of a layer that keeps nothing else.
         """
         found = self._prepared(layer, args)
         if found is None:
             return None
         recorded, values = found
         self.replayed += 1
-        out: Tensor = Replay.apply(recorded, values, args[0], *recorded.trained)  # type: ignore[no-untyped-call]
+        with nullcontext() if recorded.kept else saving():
+            out: Tensor = Replay.apply(recorded, values, args[0], *recorded.trained)  # type: ignore[no-untyped-call]
         return out
 
     def _prepared(self, layer: Callable[..., Any], args: tuple[Any, ...]) -> _Prepared | None:
@@ -110,14 +128,17 @@ class LayerGraphs:
         if not kind.layers and not recorded.warm_up():
             kind.unfit = True
             return None
-        if not self._record(recorded, module):
+        if not self._record(recorded, kind, module):
             return None
         kind.layers[module] = recorded
         return recorded, tuple(kwargs.values())
 
-    def _record(self, recorded: RecordedLayer, module: nn.Module) -> bool:
+    def _record(self, recorded: RecordedLayer, kind: _Kind, module: nn.Module) -> bool:
+        device = recorded.stage.x.device
+        keep = self.keep and self._room.has_for(kind.kept_bytes or _FIRST_GUESS, device)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         try:
-            recorded.record()
+            recorded.record(keep)
         except RuntimeError as error:
             self._off = True
             logger.warning(
@@ -126,6 +147,14 @@ class LayerGraphs:
                 str(error).splitlines()[0],
             )
             return False
+        if recorded.kept:
+            size = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 1 << 20
+            kind.kept_bytes = max(size, 1)
+            self._room.kept_bytes += kind.kept_bytes
+        elif self.keep and kind.kept_bytes and not kind.told:
+            kind.told = True
+            logger.info("No room for more than %d kept layers of %s: the others compute again in the backward pass.",
+                        len(kind.layers), type(module).__name__)  # fmt: skip
         self.recorded += 1
         return True
 
@@ -149,7 +178,8 @@ class LayerGraphs:
 
     def _new_kind(self, key: Key, stage: Stage) -> _Kind:
         while len(self._stages) >= MOST_STAGES:
-            self._stages.popitem(last=False)
+            _, dropped = self._stages.popitem(last=False)
+            self._room.kept_bytes -= dropped.kept_bytes * sum(layer.kept for layer in dropped.layers.values())
         kind = self._stages[key] = _Kind(stage)
         logger.info("Recording %s for hidden states of shape %s.", key[0].__name__, tuple(key[1]))
         return kind
@@ -160,13 +190,20 @@ class LayerGraphs:
         return self._recorder
 
 
+def _made(rehearse: bool, memory_budget: float | None, keep: bool) -> LayerGraphs:
+    graphs = LayerGraphs(rehearse, memory_budget)
+    graphs.keep = keep
+    return graphs
+
+
 class _Kind:
     """The layers that are recorded for one stage."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.layers: dict[nn.Module, RecordedLayer] = {}
-        self.unfit = False
+        self.unfit = self.told = False
+        self.kept_bytes = 0
 
 
 def _is_causal(module: nn.Module) -> bool:

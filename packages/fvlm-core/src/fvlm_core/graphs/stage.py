@@ -122,4 +122,6 @@ def _fill(room: Tensor, source: Tensor) -> None:
     for axis, (have, given) in enumerate(zip(room.shape, source.shape, strict=True)):
         if have != given:  # behind the given tokens lie older values, which are finite, and which nothing reads
             room = room.narrow(axis, 0, given)
-    room.copy_(source)
+    # Past autograd's count of changes: a kept layer's backward pass finds the values of its own forward pass here,
+    # because they are loaded again before it.
+    room.data.copy_(source)

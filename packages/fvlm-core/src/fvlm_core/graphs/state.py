@@ -1,0 +1,76 @@
+"""What of a layer's state a recording depends on, and copies of parameters that recordings share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fvlm_core.fused.adapted import Adapted, adapted
+
+
+def linear_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the linear layers of a block, PEFT's wrappers in the place of what they wrap."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: list[nn.Module] = []
+
+    def visit(parent: nn.Module) -> None:
+        for child in parent.children():
+            if isinstance(child, BaseTunerLayer | nn.Linear):
+                found.append(child)
+            else:
+                visit(child)
+
+    visit(module)
+    return found
+
+
+class LayerState:
+    """What of a layer's state a recording depends on beside its shapes; compared before every replay.
+
+    Args:
+        module: the layer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._linears = linear_layers(module)
+        self.adapted = [adapted(linear) for linear in self._linears]
+        inside = {id(p) for linear in self._linears for p in linear.parameters()}
+        others = [p for p in module.parameters() if id(p) not in inside]
+        self._others = [(p, p.requires_grad, p.data_ptr()) for p in others]
+        biases = [one.layer.bias for one in self.adapted if one is not None and one.layer.bias is not None]
+        adapters = [p for one in self.adapted if one is not None for p in (one.layer.a, one.layer.b) if p is not None]
+        self.trained = [p for p in (*adapters, *biases, *others) if p.requires_grad]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+        dropped = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
+        self.recordable = None not in self.adapted and not hooked and not dropped
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        return all(one is not None and one.holds() for one in self.adapted) and all(
+            p.requires_grad is flag and p.data_ptr() == place for p, flag, place in self._others
+        )
+
+    def pairs(self) -> Iterator[tuple[nn.Module, Adapted]]:
+        """Yield each linear layer that has an adapter with what it is for the kernels."""
+        for linear, one in zip(self._linears, self.adapted, strict=True):
+            if one is not None and one.layer.a is not None:
+                yield linear, one
+
+
+class Copies:
+    """Parameters in another dtype, at a place that stays; all recordings of a model share them."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the place of a parameter's copy; whoever reads it fills it first."""
+        key = (id(parameter), dtype)
+        held = self._held.get(key)
+        if held is None or held[0] is not parameter or held[1].requires_grad is not parameter.requires_grad:
+            copy = torch.empty_like(parameter, dtype=dtype).detach().requires_grad_(parameter.requires_grad)
+            held = self._held[key] = parameter, copy
+        return held[1]

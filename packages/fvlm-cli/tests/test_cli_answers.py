@@ -107,11 +107,13 @@ def test_a_batch_answers_as_each_alone(tmp_path: Path, family: str) -> None:
 
 
 def test_chat_remembers_what_was_said_and_shown(fvlm, handwriting_run: Path) -> None:
-    typed = f"{PROMPT}\n/nothing\n/image images/05.png\nAnd this one?\n/clear\n{PROMPT}\n/quit\nnot read\n"
+    refused = "what is <|image_pad|>?"  # it is taken back: what follows is answered as if it had not been asked
+    typed = f"{PROMPT}\n/nothing\n{refused}\n/image images/05.png\nAnd this one?\n/clear\n{PROMPT}\n/quit\nnot read\n"
     words = ("--image", "images/04.png", "--max-new-tokens", "8", "--json", "--system", "You read.")
     done = fvlm("chat", str(shipped_checkpoint()), *words, cwd=handwriting_run, stdin=typed)
     assert done.returncode == 0, done.stderr
     assert "/nothing is no command" in done.stderr
+    assert "stands for an image" in done.stderr
     turns = [json.loads(line) for line in done.stdout.splitlines()]
     assert [turn["images"] for turn in turns] == [["images/04.png"], ["images/05.png"], []]
     model, talk = asks(shipped_checkpoint()), Conversation()
@@ -122,6 +124,44 @@ def test_chat_remembers_what_was_said_and_shown(fvlm, handwriting_run: Path) -> 
         talk.hear(answer)
     alone = model.answer([Conversation().ask(PROMPT, [], "You read.")])[0]
     assert turns[2]["assistant"] == alone != turns[0]["assistant"]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
+    handwriting_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import builtins
+    import os
+    import signal
+
+    from fvlm_cli.commands.chat import Session
+    from fvlm_cli.output import Output
+
+    monkeypatch.chdir(handwriting_run)
+    session = Session(asks(shipped_checkpoint()), None, Output(quiet=True))
+    session.show("images/04.png")
+    spoken: list[str] = []
+    original = builtins.print
+
+    def interrupting(*words: object, **given: Any) -> None:
+        spoken.append(str(words[0]) if words else "")
+        if len(spoken) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(*words, **given)
+
+    monkeypatch.setattr(builtins, "print", interrupting)
+    assert session.take(PROMPT)
+    monkeypatch.setattr(builtins, "print", original)
+    said = "".join(spoken[:2])
+    whole = asks(shipped_checkpoint()).answer([Conversation().ask(PROMPT, ["images/04.png"])])[0]
+    assert whole.startswith(said)
+    assert len(said) < len(whole)
+    capsys.readouterr()
+    assert session.take("And now?")
+    talk = Conversation()
+    talk.ask(PROMPT, ["images/04.png"])
+    talk.hear(said)
+    expected = asks(shipped_checkpoint()).answer([talk.ask("And now?", [])])[0]
+    assert capsys.readouterr().out.strip() == expected
 
 
 def test_eval_scores_every_row_and_its_loss_is_that_of_the_logits(fvlm, handwriting_run: Path) -> None:

@@ -132,6 +132,7 @@ class Session:
             self._out.note("\n(stopped)")
         except DataError as error:
             self._talk.take_back()
+            self._pending = images
             self._complain(error.reason)
             return
         self._talk.hear(answer)

@@ -130,3 +130,23 @@ def test_evaluation_and_generation_after_training(pair):
         tokens = [m.generate(**inputs, max_new_tokens=8, do_sample=False) for m in (model, stock)]
     assert torch.equal(*tokens)
     FastVisionModel.for_training(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["offload", "auto"])
+def test_a_step_does_not_wait_for_the_device(qwen2_vl_folder, mode):
+    model, processor = FastVisionModel.from_pretrained(qwen2_vl_folder, load_in_4bit=True)
+    model = FastVisionModel.get_peft_model(model, r=4, use_gradient_checkpointing=mode)
+    batch = FastVisionDataCollator(model, processor)(make_batches(1)[0])
+    batch = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    count = torch.tensor(20, device=model.device)
+    for turn in range(4):
+        if turn == 3:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                model(**batch, num_items_in_batch=count).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert graphs_of(model).replayed > graphs_of(model).recorded > 0

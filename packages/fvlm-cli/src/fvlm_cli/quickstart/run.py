@@ -132,7 +132,7 @@ def run(settings: Settings, watcher: Watcher, *, checkpoint: Path | None = None)
     test = writings(settings.test_images, settings.seed, test=True)
     lessons = writings(settings.steps * BATCH, settings.seed, test=False)
     before = _read(model, processor, test, "Read before training", watcher)
-    model = add_adapter(model, settings.seed)
+    model = add_adapter(model, settings.seed, checkpointing_for(model))
     watcher.begin("Train", settings.steps)
     training = train(
         model,
@@ -158,6 +158,11 @@ def _load(base: Path) -> tuple[Any, Any]:
     return FastVisionModel.from_pretrained(
         str(base), load_in_4bit=True, dtype=torch.float32, use_gradient_checkpointing=False
     )
+
+
+def checkpointing_for(model: Any) -> bool | str:
+    """Return how to train: on a GPU in whatever way runs layers as CUDA graphs, on a CPU plainly."""
+    return "auto" if model.device.type == "cuda" else False
 
 
 def _read(model: Any, processor: Any, test: list[Writing], task: str, watcher: Watcher) -> list[str]:

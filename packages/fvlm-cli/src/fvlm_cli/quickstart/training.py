@@ -32,12 +32,18 @@ class Training:
     seconds: float
 
 
-def add_adapter(model: Any, seed: int) -> Any:
-    """Put LoRA on the attention and the MLPs of the vision tower and the language model."""
+def add_adapter(model: Any, seed: int, checkpointing: bool | str = False) -> Any:
+    """Put LoRA on the attention and the MLPs of the vision tower and the language model.
+
+    Args:
+        model: without an adapter.
+        seed: of its initial weights.
+        checkpointing: the gradient-checkpointing mode.
+    """
     from fvlm_vision import FastVisionModel
 
     return FastVisionModel.get_peft_model(
-        model, r=RANK, lora_alpha=RANK, use_gradient_checkpointing=False, random_state=seed
+        model, r=RANK, lora_alpha=RANK, use_gradient_checkpointing=checkpointing, random_state=seed
     )
 
 

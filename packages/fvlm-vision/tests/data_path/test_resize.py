@@ -45,6 +45,7 @@ def test_sizes():
     assert policy(min_pixels=10_000).size_for(50, 50) == (100, 100)
     assert policy(max_pixels=13_000, grid=28).size_for(90, 90) == (90, 90)  # within the bound: not even snapped
     assert policy(max_pixels=10_000, grid=28).size_for(98, 98) == (84, 112)  # the processor would make it 112 × 112
+    assert policy(100, grid=14, own=64).size_for(300, 150) == (56, 28)  # its shape is kept
     assert policy(40, grid=28, own=(3136, 12544)).size_for(400, 100) == (112, 28)  # 40 × 10 would be enlarged again
 
 

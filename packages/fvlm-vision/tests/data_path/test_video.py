@@ -79,7 +79,11 @@ def test_batches_and_logits_are_those_of_stock(family, shared_model_of, processo
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, model(**expected).logits, rtol=1e-5, atol=1e-5)
     told = FastVisionDataCollator(model, processor, train_on_responses_only=True)(samples)["labels"]
-    for labels in (batch["labels"], told):
+    for sample in samples:
+        sample["messages"].insert(0, {"role": "system", "content": "Be brief.", "train": False})
+    in_part = FastVisionDataCollator(model, processor)(samples)["labels"]  # the turns with the videos are learned
+    assert "What?" in processor.tokenizer.decode(in_part[in_part != -100])
+    for labels in (batch["labels"], told, in_part):
         text = processor.tokenizer.decode(labels[labels != -100])
         assert "seven pages" in text
         assert "seconds" not in text  # the times that Qwen3-VL's processor writes between the frames

@@ -6,8 +6,10 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from trl import SFTConfig
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from fvlm_core.errors import ConfigError
 from fvlm_core.testing import FAMILIES
@@ -118,3 +120,24 @@ def test_a_batch_with_nothing_left_is_packed_too(shared_model_of, processor_of, 
     assert (batch["labels"] == -100).all()
     with torch.no_grad():
         assert torch.isfinite(model(**batch).logits).all()
+
+
+@pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
+def test_stock_trainers_take_packed_batches(kind, lora, processor, rows, arguments, trained):
+    losses = []
+    for packing in (False, True):
+        model = lora()
+        stock = kind(
+            model=model,
+            args=arguments(
+                SFTConfig if kind is SFTTrainer else TrainingArguments,
+                remove_unused_columns=False,
+                **({"dataset_kwargs": {"skip_prepare_dataset": True}} if kind is SFTTrainer else {}),
+            ),
+            data_collator=FastVisionDataCollator(model, processor, packing=packing),
+            train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}) if kind is SFTTrainer else rows,
+            processing_class=processor,
+        )
+        stock.train_dataset = rows
+        losses.append(trained(stock))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

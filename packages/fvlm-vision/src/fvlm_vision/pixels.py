@@ -23,16 +23,15 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # byt
 
 
 def keeps_bytes(processor: ProcessorMixin) -> bool:
-    """Return whether a processor's images can stay bytes: normalising them is the last thing it does before cutting."""
-    from transformers.image_processing_backends import TorchvisionBackend
+    """Return whether a processor's images can stay bytes.
+
+    Only where it is known step by step what comes after the bytes: Qwen's own image processor (also of the later
+    families), which resizes bytes, normalises them and cuts patches. Others that look like it cut in other orders.
+    """
+    from transformers import Qwen2VLImageProcessor
 
     images: Any = processor.image_processor
-    if not isinstance(images, TorchvisionBackend) or not hasattr(images, "patchify"):
-        return False
-    settings = images.to_dict()
-    return bool(
-        settings.get("do_rescale") and settings.get("do_normalize") and isinstance(settings.get("merge_size"), int)
-    ) and isinstance(settings.get("temporal_patch_size"), int)
+    return type(images) is Qwen2VLImageProcessor and bool(images.do_rescale and images.do_normalize)
 
 
 def byte_processor(processor: ProcessorMixin) -> ProcessorMixin:

@@ -43,10 +43,6 @@ def test_infer_answers_for_a_folder_what_a_direct_call_gives(fvlm, handwriting_r
     assert [line["answer"] for line in found] == transcribe(model, processor, pictures)
     assert len({line["answer"] for line in found}) > 3
 
-    again = fvlm("infer", "run/adapter", *words, "--output", "answers.jsonl", cwd=handwriting_run)
-    assert again.returncode == 2
-    assert "answers.jsonl exists already" in again.stderr
-
 
 def test_infer_streams_one_answer_and_takes_questions_from_a_file(
     handwriting_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +71,7 @@ def test_infer_streams_one_answer_and_takes_questions_from_a_file(
         (("--image", "images", "--image", "images/00.png", "--prompt", "x"), 2, "is a folder"),
         (("--input", "train.jsonl", "--prompt", "x"), 2, "brings its own questions"),
         (("--input", "config.yaml"), 2, "none of .jsonl"),
+        (("--input", "train.jsonl", "--output", "config.yaml"), 2, "config.yaml exists already"),
         (("--image", "images/00.png", "--prompt", "<|image_pad|>"), 3, "stands for an image"),
     ],
 )
@@ -107,15 +104,16 @@ def test_a_batch_answers_as_each_alone(tmp_path: Path, family: str) -> None:
 
 
 def test_chat_remembers_what_was_said_and_shown(fvlm, handwriting_run: Path) -> None:
-    refused = "what is <|image_pad|>?"  # it is taken back: what follows is answered as if it had not been asked
-    typed = f"{PROMPT}\n/nothing\n{refused}\n/image images/05.png\nAnd this one?\n/clear\n{PROMPT}\n/quit\nnot read\n"
+    # What is refused is taken back: what follows is answered as if it had not been asked, and its image waits.
+    refused = "/image images/06.png\nwhat is <|image_pad|>?"
+    typed = f"{PROMPT}\n/nothing\n{refused}\n/image images/05.png\nAnd these?\n/clear\n{PROMPT}\n/quit\nnot read\n"
     words = ("--image", "images/04.png", "--max-new-tokens", "8", "--json", "--system", "You read.")
     done = fvlm("chat", str(shipped_checkpoint()), *words, cwd=handwriting_run, stdin=typed)
     assert done.returncode == 0, done.stderr
     assert "/nothing is no command" in done.stderr
     assert "stands for an image" in done.stderr
     turns = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [turn["images"] for turn in turns] == [["images/04.png"], ["images/05.png"], []]
+    assert [turn["images"] for turn in turns] == [["images/04.png"], ["images/06.png", "images/05.png"], []]
     model, talk = asks(shipped_checkpoint()), Conversation()
     for turn in turns[:2]:
         paths = [str(handwriting_run / path) for path in turn["images"]]
@@ -222,6 +220,26 @@ def test_asking_for_answers_leaves_the_losses_as_they_are(
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 8
+
+
+def test_asking_leaves_the_model_in_training_as_it_was(
+    handwriting_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fvlm_cli.config.read import read_config
+    from fvlm_cli.data.read import read_data
+    from fvlm_cli.output import Output
+    from fvlm_cli.training.answers import Answers
+    from fvlm_cli.training.build import load
+    from fvlm_core.checkpointing import checkpointing_mode
+
+    monkeypatch.chdir(handwriting_run)
+    config = read_config("config.yaml", ["eval.rows=1", "model.gradient_checkpointing=true"])
+    model, processor = load(config)
+    _, rows = read_data(config.data, config.train.seed, lambda found, total: found)
+    record = Answers(config, model, processor, rows, tmp_path, Output(quiet=True)).take("before")
+    assert set(record["answers_before"]) == set(config.eval.metrics)
+    assert (model.training, checkpointing_mode(model)) == (True, True)
+    assert model.config.get_text_config().use_cache is False
 
 
 @pytest.mark.parametrize(

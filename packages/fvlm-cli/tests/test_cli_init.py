@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from fvlm_cli.commands.init import Family, Format
 from fvlm_cli.config.read import read_config
 from fvlm_cli.config.schema import TrainConfig
 from fvlm_cli.config.starts import FAMILIES, FORMATS, WHAT
 from fvlm_cli.config.write import start_config
+from fvlm_cli.main import app
 from fvlm_cli.quickstart.folders import shipped_checkpoint
 from fvlm_cli.quickstart.handwriting import writings
 
 
-def test_init_then_train_on_a_folder_of_images(fvlm, tmp_path: Path) -> None:
+def test_init_then_train_on_a_folder_of_images(fvlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scans").mkdir()
     for number, writing in enumerate(writings(6, 0, test=False)):
         writing.image.save(tmp_path / f"scans/{number}.png")
@@ -26,12 +28,10 @@ def test_init_then_train_on_a_folder_of_images(fvlm, tmp_path: Path) -> None:
     done = fvlm("init", *words, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"config": "config.yaml", "family": "qwen2_vl", "data": "folder"}
-    again = fvlm("init", *words, cwd=tmp_path)
-    assert again.returncode == 2
-    assert "config.yaml exists already" in again.stderr
     quick = ("model.precision=16bit", "eval.rows=1", "eval.max_new_tokens=4", "data.eval_fraction=0.2")
-    trained = fvlm("train", "config.yaml", *quick, "--train.max_steps", "1", "--json", cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
+    monkeypatch.chdir(tmp_path)
+    trained = CliRunner().invoke(app, ["train", "config.yaml", *quick, "--train.max_steps", "1", "--json"])
+    assert trained.exit_code == 0, trained.stderr
     assert json.loads(trained.stdout)["status"] == "finished"
 
 

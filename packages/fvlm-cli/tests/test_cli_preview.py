@@ -111,10 +111,14 @@ def test_the_command_tells_what_becomes_of_every_row(fvlm, handwriting: Path) ->
     assert "".join(trained) in page.classes["trained"]
 
 
-def test_without_colour_trained_text_is_bracketed(fvlm, handwriting: Path) -> None:
-    words = ("preview", "config.yaml", "data.limit=2", "-n", "1")
-    done = fvlm(*words, cwd=handwriting)
-    assert done.returncode == 0, done.stderr
+def test_without_colour_trained_text_is_bracketed(handwriting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from fvlm_cli.main import app
+
+    monkeypatch.chdir(handwriting)
+    done = CliRunner().invoke(app, ["preview", "config.yaml", "data.limit=2", "-n", "1"])
+    assert done.exit_code == 0, done.stderr
     assert f"⟦{writings(6, 0, test=False)[0].text}<|im_end|>⟧" in done.stdout
     assert "<|image_pad|>×16" in done.stdout
     assert "\x1b[" not in done.stdout
@@ -170,6 +174,13 @@ def test_overflow_skip_is_told_as_such(handwriting: Path, monkeypatch: pytest.Mo
     found = look(config, Output(quiet=True), show=0, check=7)
     assert found.fates == {"whole": 6, "truncated": 0, "skipped": 1, "refused": 0}
     assert "data.overflow is skip" in found.changed[0][2]
+
+
+def test_the_first_token_is_predicted_from_nothing(handwriting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(handwriting)
+    config = read_config("config.yaml", ["data.train_on_responses_only=false"])
+    (shown,) = look(config, Output(quiet=True), show=1, check=1).shown
+    assert [piece.kind for piece in shown.pieces[:2]] == ["masked", "trained"]
 
 
 def test_histogram_and_quantiles() -> None:

@@ -73,7 +73,7 @@ class Recompute:
         if not torch.is_grad_enabled():
             return layer(*args)
         if self.graphs is not None:
-            out = self.graphs.run(layer, args, partial(offloaded, *args) if self.offload else nullcontext)
+            out = self.graphs.run(layer, args, partial(offloaded, args[0]) if self.offload and args else nullcontext)
             if out is not None:
                 return out
         if not _carries_gradient(layer, args):

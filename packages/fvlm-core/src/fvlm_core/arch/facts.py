@@ -61,6 +61,8 @@ class ArchFacts:
         planner: makes what precomputes a batch's positions and boundaries for a model of this family
             (`fvlm_core.batch_plan`), or None for a family that derives nothing from its images' sizes.
         fused: class names of modules → the kind of fused layer that takes their place (`fvlm_core.fused.table`).
+        fused_text: model type of the text model (``config.text_config.model_type``) → more of the same, for families
+            that wrap text models of several kinds.
         generic: derived from the module tree, not written by hand.
     """
 
@@ -79,6 +81,7 @@ class ArchFacts:
     packs_images: bool = False
     planner: Callable[[PreTrainedModel], QwenPlanner] | None = None
     fused: Mapping[str, str] = field(default_factory=dict)
+    fused_text: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     generic: bool = False
 
     def towers(self) -> dict[Tower, tuple[str, ...]]:

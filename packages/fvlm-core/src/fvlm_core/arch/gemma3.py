@@ -25,4 +25,15 @@ FACTS = ArchFacts(
         image=("image_token_index",),
         framing=("boi_token_index", "eoi_token_index"),
     ),
+    fused={
+        "Gemma3ForConditionalGeneration": "gemma_task_model",
+        "Gemma3DecoderLayer": "sandwich_layer",
+        "Gemma3Attention": "attention",
+        "Gemma3MLP": "gated_mlp",
+        "Gemma3RMSNorm": "gemma_rms_norm",
+        "SiglipEncoderLayer": "tower_block",
+        "SiglipAttention": "tower_attention",
+        "SiglipMLP": "plain_mlp",
+        "Conv2d": "patch_conv",
+    },
 )

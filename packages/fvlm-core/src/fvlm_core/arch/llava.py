@@ -7,6 +7,7 @@ straight into the loss.
 from __future__ import annotations
 
 from fvlm_core.arch.facts import ArchFacts, MediaTokens
+from fvlm_core.arch.pixtral import MISTRAL, PIXTRAL
 
 FACTS = ArchFacts(
     model_type="llava",
@@ -25,4 +26,10 @@ FACTS = ArchFacts(
         image=("image_token_index",),
         processor=("image_break_token_id", "image_end_token_id"),
     ),
+    fused={
+        "LlavaForConditionalGeneration": "task_model",
+        "LlavaMultiModalProjector": "plain_mlp",
+        **PIXTRAL,
+    },
+    fused_text={"mistral": MISTRAL},
 )

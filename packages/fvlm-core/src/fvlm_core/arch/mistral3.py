@@ -6,6 +6,7 @@ In 16 bit stay the projector with its patch merger and the head, for the reasons
 from __future__ import annotations
 
 from fvlm_core.arch.facts import ArchFacts, MediaTokens
+from fvlm_core.arch.pixtral import MISTRAL, PIXTRAL
 
 FACTS = ArchFacts(
     model_type="mistral3",
@@ -23,4 +24,11 @@ FACTS = ArchFacts(
         image=("image_token_index",),
         processor=("image_break_token_id", "image_end_token_id"),
     ),
+    fused={
+        "Mistral3ForConditionalGeneration": "task_model",
+        "Mistral3MultiModalProjector": "merging_projector",
+        "Mistral3RMSNorm": "rms_norm",
+        **PIXTRAL,
+    },
+    fused_text={"mistral": MISTRAL},
 )

@@ -25,4 +25,18 @@ FACTS = ArchFacts(
     },
     unquantized=("model.multi_modal_projector", "lm_head"),
     media=MediaTokens(image=("image_token_index",)),
+    fused={
+        "MllamaForConditionalGeneration": "task_model",
+        "MllamaSelfAttentionDecoderLayer": "decoder_layer",
+        "MllamaTextSelfAttention": "attention",
+        "MllamaCrossAttentionDecoderLayer": "cross_layer",
+        "MllamaTextCrossAttention": "cross_attention",
+        "MllamaTextMLP": "gated_mlp",
+        "MllamaTextRMSNorm": "rms_norm",
+        "MllamaVisionEncoder": "checkpointed_encoder",
+        "MllamaVisionEncoderLayer": "tower_block",
+        "MllamaVisionAttention": "tower_attention",
+        "MllamaVisionMLP": "plain_mlp",
+        "Conv2d": "patch_conv",
+    },
 )

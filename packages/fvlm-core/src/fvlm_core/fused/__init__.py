@@ -46,4 +46,4 @@ def has_fused(model: nn.Module, kind: str) -> bool:
 
 def has_fused_loss(model: nn.Module) -> bool:
     """Tell whether a model's training loss takes ``label_rows`` (`fvlm_core.fused.head`)."""
-    return has_fused(model, "task_model")
+    return has_fused(model, "task_model") or has_fused(model, "gemma_task_model")

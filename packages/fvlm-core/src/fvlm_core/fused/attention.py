@@ -1,4 +1,4 @@
-"""Self-attention of the language models: query, key and value in one function, one rotation, the model's attention."""
+"""Attention of the language models: query, key and value in one function, one rotation, the model's attention."""
 
 from __future__ import annotations
 
@@ -34,8 +34,19 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **
 
     chosen = module.config._attn_implementation
     function = eager_attention if chosen in (None, "eager") else ALL_ATTENTION_FUNCTIONS[chosen]
-    out: tuple[Tensor, Any] = function(module, q, k, v, mask, scaling=module.scaling, **kwargs)
+    scaling = setting(module, ("scaling", "scale"))
+    out: tuple[Tensor, Any] = function(module, q, k, v, mask, scaling=scaling, **kwargs)
     return out
+
+
+def setting(module: nn.Module, names: tuple[str, ...], default: float = 1.0) -> float:
+    """Return a number that attention layers keep, under the one of several names that this one uses."""
+    return float(next((vars(module)[name] for name in names if name in vars(module)), default))
+
+
+def dropout_of(module: nn.Module) -> float:
+    """Return the probability of dropping an attention weight, in the mode that the layer is in."""
+    return setting(module, ("attention_dropout", "dropout"), 0.0) if module.training else 0.0
 
 
 def eager_attention(
@@ -97,10 +108,62 @@ def attention_forward(
         k,
         v,
         attention_mask,
-        dropout=module.attention_dropout if module.training else 0.0,
+        dropout=dropout_of(module),
         position_ids=position_ids,
         **kwargs,
     )
+    out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+    (out,) = project(out, (module.o_proj,), module.training)
+    return out, weights
+
+
+def config_window_attention_forward(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Attend as Mistral does, whose layers read the sliding window from the config; see `attention_forward`."""
+    return attention_forward(module, hidden_states, sliding_window=module.config.sliding_window, **kwargs)
+
+
+def cross_attention_forward(
+    module: Any,
+    hidden_states: Tensor,
+    cross_attention_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attend from text to image features as Llama 3.2 Vision does.
+
+    Args:
+        module: the attention layer.
+        hidden_states: ``(batch, tokens, hidden)``.
+        cross_attention_states: what the vision tower found, ``(batch · images · tiles, patches, hidden)``; None: keys
+            and values are in the cache.
+        past_key_values: the cache, or None.
+        attention_mask: which image tokens a text token sees, as the model made it.
+        use_cache: not read, as in the class; the attention does not get it.
+        **kwargs: passed on to the attention.
+
+    Returns:
+        ``(batch, tokens, hidden)`` and the attention weights, or None for them.
+
+    Raises:
+        ValueError: there are neither states nor cached keys.
+    """
+    rows = hidden_states.shape[0]
+    (q,) = project(hidden_states, (module.q_proj,), module.training)
+    q = module.q_norm(q.view(rows, -1, module.num_heads, module.head_dim)).transpose(1, 2)
+    if cross_attention_states is not None:
+        made = project(cross_attention_states, (module.k_proj, module.v_proj), module.training)
+        k, v = (x.reshape(rows, -1, module.num_key_value_heads, module.head_dim) for x in made)
+        k, v = module.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, module.layer_idx)
+    elif past_key_values is not None and past_key_values.get_seq_length() > 0:
+        cached = past_key_values.layers[module.layer_idx]
+        k, v = cached.keys, cached.values
+    else:
+        raise ValueError("cross attention got neither cross_attention_states nor a cache that holds their keys")
+    out, weights = attend(module, q, k, v, attention_mask, dropout=dropout_of(module), **kwargs)
     out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
     (out,) = project(out, (module.o_proj,), module.training)
     return out, weights

@@ -4,17 +4,103 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fvlm_core.fused.norms import add_and_normalize, normalized
+
+CROSS_ATTENTION_ALONE = ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
+"""Arguments that Llama 3.2 Vision hands to every text layer, and that its layers of self-attention do not read."""
+_TOWER_PARTS = (
+    ("layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+    ("attention_norm", "attention", "ffn_norm", "feed_forward"),
+)
 
 
 def decoder_layer_forward(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """Run a decoder layer of the Llama kind on ``(batch, tokens, hidden)``; the rest goes to its attention."""
+    for name in CROSS_ATTENTION_ALONE:
+        kwargs.pop(name, None)
     attended, _ = module.self_attn(hidden_states=normalized(module.input_layernorm, hidden_states), **kwargs)
     normed, residual = add_and_normalize(module.post_attention_layernorm, attended, hidden_states)
     out: Tensor = module.mlp(normed)
     return residual + out
+
+
+def sandwich_layer_forward(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """Run a decoder layer of Gemma 3, with norms before and behind both parts, on ``(batch, tokens, hidden)``."""
+    attended, _ = module.self_attn(hidden_states=normalized(module.input_layernorm, hidden_states), **kwargs)
+    attended = normalized(module.post_attention_layernorm, attended)
+    normed, residual = add_and_normalize(module.pre_feedforward_layernorm, attended, hidden_states)
+    return residual + normalized(module.post_feedforward_layernorm, module.mlp(normed))
+
+
+def cross_layer_forward(
+    module: Any,
+    hidden_states: Tensor,
+    cross_attention_states: Tensor | None = None,
+    cross_attention_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    full_text_row_masked_out_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = None,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Run a layer of Llama 3.2 Vision whose text attends to the image.
+
+    Args:
+        module: the layer.
+        hidden_states: ``(batch, tokens, hidden)``.
+        cross_attention_states: see `cross_attention_forward`.
+        cross_attention_mask: which image tokens a text token sees.
+        attention_mask: not read, as are all that follow but the next: they are for layers of self-attention.
+        full_text_row_masked_out_mask: ``(batch, 1, tokens, 1)``, 0 for tokens that see no image, or None.
+        position_ids: not read.
+        past_key_values: the cache, or None.
+        use_cache: not read.
+        position_embeddings: not read.
+        **kwargs: passed on to the attention.
+
+    Returns:
+        ``(batch, tokens, hidden)``.
+    """
+    attended, _ = module.cross_attn(
+        hidden_states=normalized(module.input_layernorm, hidden_states),
+        attention_mask=cross_attention_mask,
+        cross_attention_states=cross_attention_states,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    attended = _gated(module, "cross_attn_attn_gate", attended)
+    normed, residual = add_and_normalize(module.post_attention_layernorm, attended, hidden_states)
+    out: Tensor = module.mlp(normed)
+    if full_text_row_masked_out_mask is not None:
+        out = full_text_row_masked_out_mask[:, 0] * out
+    return residual + _gated(module, "cross_attn_mlp_gate", out)
+
+
+def tower_block_forward(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Run a block of a SigLIP, Pixtral or Llama 3.2 tower, gated or not, on ``(batch, patches, hidden)``."""
+    names = next(parts for parts in _TOWER_PARTS if all(name in module._modules for name in parts))
+    first, attention, second, mlp = (module._modules[name] for name in names)
+    attended, _ = attention(normalized(first, hidden_states), attention_mask=attention_mask, **kwargs)
+    normed, residual = add_and_normalize(second, _gated(module, "gate_attn", attended), hidden_states)
+    return residual + _gated(module, "gate_ffn", mlp(normed))
+
+
+def tower_block_unfit(module: nn.Module) -> str | None:
+    """Say why a vision block cannot be fused, or None."""
+    known = any(all(name in module._modules for name in parts) for parts in _TOWER_PARTS)
+    return None if known else "has parts of other names"
+
+
+def _gated(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    gate = module._parameters.get(name)
+    return x if gate is None else gate.tanh() * x
 
 
 def vision_block_forward(

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 from fvlm_core.arch import facts_for, plain_modules, task_model
 from fvlm_core.errors import CheckpointError
 from fvlm_core.fused.adapted import forget
+from fvlm_core.fused.kinds import KIND, kind_of
 from fvlm_core.fused.table import LAYERS
 
 if TYPE_CHECKING:
     from torch import nn
 
+__all__ = ["FusionReport", "fuse_model", "fusion_report", "kind_of", "unfuse_model"]
+
 logger = logging.getLogger(__name__)
 
 _REPORT = "_fvlm_fused"
-_KIND = "fvlm_kind"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def fuse_model(model: nn.Module) -> FusionReport:
     Raises:
         CheckpointError: the family's table names a class that the model does not have.
     """
-    table = dict(facts_for(model).fused)
+    table = _table_for(model)
     fused: dict[str, str] = {}
     left: dict[str, str] = {}
     met: set[str] = set()
@@ -85,6 +87,13 @@ def fuse_model(model: nn.Module) -> FusionReport:
     return report
 
 
+def _table_for(model: nn.Module) -> dict[str, str]:
+    """Return the family's table, with that of the text model that it wraps here."""
+    facts = facts_for(model)
+    text = task_model(model).config.get_text_config().model_type
+    return {**facts.fused, **facts.fused_text.get(text, {})}
+
+
 def unfuse_model(model: nn.Module) -> None:
     """Take all fused forwards off, so that every module is what it was."""
     for module in model.modules():
@@ -98,13 +107,6 @@ def fusion_report(model: nn.Module) -> FusionReport:
     """Return what `fuse_model` did to a model; an empty report where nothing was done."""
     report: Any = vars(task_model(model)).get(_REPORT)
     return report if isinstance(report, FusionReport) else FusionReport()
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """Return the kind of the fused forward that a module has, or None."""
-    own = vars(module).get("forward")
-    kind: str | None = getattr(own, _KIND, None)
-    return kind
 
 
 def _bind(module: nn.Module, kind: str) -> str | None:
@@ -128,5 +130,5 @@ def _with_signature(forward: Callable[..., Any], replaced: Callable[..., Any], k
     def bound(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(module, *args, **kwargs)
 
-    setattr(bound, _KIND, kind)
+    setattr(bound, KIND, kind)
     return bound

@@ -36,6 +36,17 @@ def task_model_unfit(module: nn.Module) -> str | None:
     return None
 
 
+def gemma_task_model_unfit(module: nn.Module) -> str | None:
+    """Say why the head of Gemma 3 cannot be fused, or None.
+
+    In older transformers (5.15) its loss leaves out padding even where it has labels, and is never divided by a number
+    that the trainer gives; its class says so.
+    """
+    if not getattr(type(module), "accepts_loss_kwargs", True):
+        return "has a loss of its own"
+    return task_model_unfit(module)
+
+
 def task_model_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the model; in training, with labels, compute the loss from the learned tokens' rows alone.
 

@@ -15,8 +15,10 @@ _ACTIVATIONS: dict[str, Activation] = {
     "SiLUActivation": "silu",
     "QuickGELUActivation": "quick_gelu",
     "GELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu",
 }
-_PLAIN_NAMES = (("fc1", "fc2"), ("linear_fc1", "linear_fc2"))
+_ACTIVATION_NAMES = ("act_fn", "act", "activation_fn")
+_PLAIN_NAMES = (("fc1", "fc2"), ("linear_fc1", "linear_fc2"), ("linear_1", "linear_2"))
 
 
 def activation_of(module: nn.Module) -> Activation | None:
@@ -27,8 +29,7 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 
 def _act(module: nn.Module) -> nn.Module:
-    inner = getattr(module, "act_fn", None)
-    return cast("nn.Module", module.act if inner is None else inner)
+    return next(cast("nn.Module", module._modules[name]) for name in _ACTIVATION_NAMES if name in module._modules)
 
 
 def gated_unfit(module: nn.Module) -> str | None:
@@ -60,6 +61,11 @@ def plain_forward(module: Any, x: Tensor) -> Tensor:
     first, second = next((getattr(module, a), getattr(module, b)) for a, b in _PLAIN_NAMES if a in module._modules)
     fused = _fused(x, module, (first, second), act)
     return cast("Tensor", second(act(first(x)))) if fused is None else fused
+
+
+def merging_projector_forward(module: Any, image_features: Tensor, image_sizes: Tensor) -> Tensor:
+    """Carry ``(patches, width)`` of all images into the language model as Mistral 3 does: norm, merging, MLP."""
+    return plain_forward(module, module.patch_merger(module.norm(image_features), image_sizes))
 
 
 def _fused(x: Tensor, module: nn.Module, linears: tuple[nn.Module, ...], act: nn.Module) -> Tensor | None:

@@ -6,12 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fvlm_core.fused.kinds import kind_of
 from fvlm_kernels import layer_norm, rms_norm
 
 
 def rms_norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
     """Normalize ``(..., hidden)`` as Llama's and Qwen's RMS norms do, with their rounding."""
     return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+def gemma_rms_norm_forward(module: Any, x: Tensor) -> Tensor:
+    """Normalize ``(..., hidden)`` as Gemma 3 does: weights around zero, rounding after they are applied."""
+    return rms_norm(x, module.weight, module.eps, offset=1.0, rounding="gemma")
 
 
 def normalized(norm: Any, x: Tensor) -> Tensor:
@@ -31,7 +37,10 @@ def add_and_normalize(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, T
     if x.dtype == residual.dtype:
         if type(norm) is nn.LayerNorm:
             return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, out_dtype=x.dtype)
-        if getattr(vars(norm).get("forward"), "fvlm_kind", None) == "rms_norm":
+        kind = kind_of(norm)
+        if kind == "rms_norm":
             return rms_norm(x, norm.weight, norm.variance_epsilon, residual=residual)
+        if kind == "gemma_rms_norm":
+            return rms_norm(x, norm.weight, norm.eps, offset=1.0, rounding="gemma", residual=residual)
     total = residual + x
     return normalized(norm, total), total

@@ -6,7 +6,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
 from fvlm_core.graphs.stage import Key, Stage, can_round_up, describe
@@ -29,8 +31,8 @@ ROUND_TO = 64
 _FIRST_GUESS = 1 << 28
 """Bytes that the first layer of a kind is taken to keep, before one is recorded."""
 _FUSED_CAUSAL = "decoder_layer"
-_OF_MEDIA = ("image_", "video_")
-"""What the names of arguments start with that the vision tower reads, and that transformers hands to every layer."""
+_OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
+"""What the names of arguments start with that transformers hands to every layer, and that causal layers do not read."""
 
 Saving = Callable[[], AbstractContextManager[Any]]
 _Prepared = tuple[RecordedLayer, tuple[Any, ...]]
@@ -78,7 +80,7 @@ class LayerGraphs:
 
         Args:
             layer: the call of a module, its keyword arguments bound.
-            args: its positional arguments: the hidden state.
+            args: its positional arguments: the hidden state, and in some vision towers the mask.
             saving: makes the context in which autograd saves the hidden state of a layer that keeps nothing else.
         """
         found = self._prepared(layer, args)
@@ -91,17 +93,18 @@ class LayerGraphs:
         return out
 
     def _prepared(self, layer: Callable[..., Any], args: tuple[Any, ...]) -> _Prepared | None:
-        if self._off or not isinstance(layer, partial) or not isinstance(layer.func, MethodType) or len(args) != 1:
+        if self._off or not isinstance(layer, partial) or not isinstance(layer.func, MethodType) or not args:
             return None
-        module, hidden, kwargs = layer.func.__self__, args[0], layer.keywords
+        module, hidden = layer.func.__self__, args[0]
         if not isinstance(module, nn.Module) or not self._suits(hidden):
             return None
+        kwargs = {**dict(zip(_names_behind_the_first(type(module).forward), args[1:], strict=False)), **layer.keywords}
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         tokens = hidden.shape[-2]
         causal = _is_causal(module)
         if causal:
-            kwargs = {name: value for name, value in kwargs.items() if not name.startswith(_OF_MEDIA)}
+            kwargs = {name: value for name, value in kwargs.items() if not name.startswith(_OF_OTHERS)}
         rounds = causal and can_round_up(kwargs)
         length = -(-tokens // ROUND_TO) * ROUND_TO if rounds else tokens
         about = describe(kwargs, tokens if rounds else None)
@@ -211,3 +214,9 @@ def _is_causal(module: nn.Module) -> bool:
     from fvlm_core.fused.engine import kind_of
 
     return kind_of(module) == _FUSED_CAUSAL
+
+
+@cache
+def _names_behind_the_first(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a layer's arguments behind the hidden state."""
+    return tuple(signature(forward).parameters)[2:]

@@ -1,0 +1,136 @@
+"""The fused layers of Llama 3.2 Vision, Pixtral, Mistral 3 and Gemma 3 compute what their own layers compute."""
+
+import copy
+
+import pytest
+import torch
+from family_tools import FAMILIES, family_batch, prompt_of, without_padding_mask
+from fused_tools import adapted_model, assert_equal_step, assert_same_step, step
+
+from fvlm_core import Precision
+from fvlm_core.arch import plain_modules, task_model
+from fvlm_core.checkpointing import apply_checkpointing, use_graphs
+from fvlm_core.fused import fuse_model, fusion_report, has_fused_loss, unfuse_model
+from fvlm_core.graphs import LayerGraphs
+
+TRAINED = ("vision", "projector", "language")
+KINDS = {
+    "mllama": {"decoder_layer", "attention", "cross_layer", "cross_attention", "rms_norm", "checkpointed_encoder"},
+    "pixtral": {"decoder_layer", "config_window_attention", "rms_norm", "packed_tower"},
+    "mistral3": {"decoder_layer", "config_window_attention", "rms_norm", "packed_tower", "merging_projector"},
+    "gemma3": {"sandwich_layer", "attention", "gemma_rms_norm"},
+}
+EVERYWHERE = {"gated_mlp", "tower_block", "tower_attention", "patch_conv"}
+
+
+@pytest.fixture(scope="module")
+def adapted_families(tiny):
+    return {family: adapted_model(tiny(family), targets=TRAINED) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def model(adapted_families, family):
+    """A copy, unfused."""
+    return copy.deepcopy(adapted_families[family])
+
+
+@pytest.fixture
+def batch(tiny, family, model):
+    return family_batch(tiny(family), model)
+
+
+def modules_of(model, kind):
+    named = dict(plain_modules(model))
+    return [named[name] for name, found in fusion_report(model).fused.items() if found == kind]
+
+
+@pytest.mark.parametrize("precision", [Precision.HALF, Precision.NF4], ids=str)
+def test_loss_and_gradients_equal_stock_before_and_after(tiny, family, precision):
+    model = adapted_model(tiny(family), precision, targets=TRAINED)
+    batch = family_batch(tiny(family), model)
+    stock = step(model, batch)
+    report = fuse_model(model)
+    assert KINDS[family] | EVERYWHERE <= set(report.fused.values())
+    older = not getattr(type(task_model(model)), "accepts_loss_kwargs", True)  # Gemma 3 of transformers 5.15
+    own_loss = family == "gemma3" and older
+    assert list(report.left.values()) == (["has a loss of its own"] if own_loss else [])
+    assert has_fused_loss(model) is not own_loss
+    assert_same_step(step(model, batch), stock)
+    unfuse_model(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert_equal_step(step(model, batch), stock)
+
+
+def test_a_text_only_batch(tiny, family, model):
+    batch = family_batch(tiny(family), model, images=(0, 0))
+    stock = step(model, batch)
+    fuse_model(model)
+    assert_same_step(step(model, batch), stock)
+    assert not any("vision" in name for name in stock[1])
+
+
+def test_rows_with_and_without_images(tiny, family, model):
+    batch = family_batch(tiny(family), model, images=(1, 0) if family != "mllama" else (1, 2))
+    stock = step(model, batch)
+    fuse_model(model)
+    assert_same_step(step(model, batch), stock)
+
+
+def test_bf16_is_no_further_from_fp64_than_stock(tiny, family):
+    """Twice stock's error at most, over all gradients together."""
+    low = adapted_model(tiny(family), dtype=torch.bfloat16, targets=TRAINED)
+    exact = copy.deepcopy(low).double()
+    batch = family_batch(tiny(family), low)
+    truth = step(exact, {**batch, "pixel_values": batch["pixel_values"].double()})
+
+    def error(result):
+        off = torch.stack([(result[1][name].double() - g).norm() / g.norm() for name, g in truth[1].items()])
+        return off.square().mean().sqrt()
+
+    stock = error(step(low, batch))
+    fuse_model(low)
+    assert 0 < error(step(low, batch)) <= 2 * stock
+
+
+def test_evaluation_and_generation_equal_stock(tiny, family, model, batch):
+    model.eval()
+    prompt = prompt_of(tiny(family), model)
+    with torch.no_grad():
+        stock = model(**batch)
+        tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    fuse_model(model)
+    with torch.no_grad():
+        ours = model(**batch)
+        torch.testing.assert_close(ours.logits, stock.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.loss, stock.loss)
+        assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), tokens)
+    assert tokens.shape[1] > prompt["input_ids"].shape[1] + 1
+
+
+def test_checkpointed_layers_equal_stock(model, batch):
+    stock = step(model, batch)
+    fuse_model(model)
+    apply_checkpointing(model, True)
+    assert_same_step(step(model, batch), stock)
+
+
+@pytest.mark.parametrize("targets", [TRAINED, ("language",)], ids=["all", "language"])
+@pytest.mark.parametrize("padded", [True, False], ids=["mask", "no-mask"])
+def test_recorded_layers_equal_stock(tiny, family, targets, padded):
+    model = adapted_model(tiny(family), targets=targets)
+    batch = family_batch(tiny(family), model)
+    if not padded:
+        batch = without_padding_mask(batch)
+    stock = step(model, batch)
+    fuse_model(model)
+    graphs = LayerGraphs(rehearse=True)
+    use_graphs(model, graphs)
+    apply_checkpointing(model, True)
+    for _ in range(3):
+        assert_same_step(step(model, batch), stock)
+    assert graphs.replayed == 2 * graphs.recorded > 0

@@ -218,6 +218,15 @@ def test_the_command_says_what_fits_and_exits_by_it(fvlm, handwriting_run: Path)
     assert set(found["fits"]) == set(GPUS)
 
 
+def test_an_adapter_is_counted_as_it_was_saved(handwriting_run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    adapter = handwriting_run / "run/adapter"
+    stored = sum(tensor.numel() for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    shapes, _ = shapes_of(config := config_of(tmp_path, adapter, "lora.r=4"), opened_of(config))
+    assert (shapes.trained, shapes.rank, shapes.total) == (stored, 16, 3_038_592)
+
+
 def test_what_does_not_fit_is_told_by_the_exit_code(handwriting_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

@@ -74,7 +74,7 @@ class Estimate:
             mode=mode or self.mode,
             optim=self.config.train.optim,
             fused=self.fused,
-            rank=self.config.lora.r,
+            rank=self.shapes.rank,
         )
 
     def largest_batch(self, gpu: Gpu) -> int:
@@ -117,7 +117,7 @@ class Estimate:
 
 
 def shapes_of(config: TrainConfig, opened: Opened) -> tuple[Shapes, Held]:
-    """Put the config's adapters on the model's skeleton and read its sizes; also say how its weights are held.
+    """Put the config's adapters, or those that it names, on the model's skeleton; return its sizes, and how it is held.
 
     Raises:
         ConfigError: the adapters cannot be had on this model.
@@ -125,7 +125,13 @@ def shapes_of(config: TrainConfig, opened: Opened) -> tuple[Shapes, Held]:
     held: Held = config.model.precision or ("4bit" if opened.stored is None else opened.stored.value)
     model: Any = opened.skeleton
     model.requires_grad_(held == "full")
-    if held != "full":
+    if opened.adapter is not None:
+        from peft import LoraConfig, get_peft_model
+
+        saved: Any = LoraConfig.from_pretrained(opened.named.name, **opened.named.options)
+        saved.inference_mode, saved.init_lora_weights = False, True
+        model = get_peft_model(model, saved)
+    elif held != "full":
         from fvlm_cli.training.build import adapt
 
         # How adapters start changes no size, and some ways of starting read the weights.

@@ -56,6 +56,7 @@ class Shapes:
         rows: output rows of these layers, each with a scale of its own in 8 bit.
         largest: parameters of the largest of them.
         vocabulary, width: of the output layer.
+        rank: of the adapters; 0 without any.
         small: trained parameters in tensors too small for an 8-bit optimizer to quantize.
     """
 
@@ -68,6 +69,7 @@ class Shapes:
     largest: int = 0
     vocabulary: int = 0
     width: int = 0
+    rank: int = 0
     small: int = 0
 
     @property
@@ -110,6 +112,7 @@ def read_shapes(model: Any, facts: ArchFacts) -> Shapes:
         lists = facts.layers.get(tower, ())
         shapes.blocks[tower] = [_block(blocks[number], lists, modules, adapted) for number in sorted(blocks)]
     _count(model, facts, shapes)
+    shapes.rank = model.active_peft_config.r if adapted else 0
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
     if head is not None:

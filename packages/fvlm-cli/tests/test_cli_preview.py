@@ -168,6 +168,27 @@ def test_pictures_are_what_each_family_gets(tmp_path: Path, family: str) -> None
     assert "What is it?" not in trained
 
 
+def test_videos_are_found_beside_their_file_and_shown_as_media(tmp_path: Path) -> None:
+    from fvlm_core.testing import tiny_checkpoint
+
+    for number in range(4):
+        Image.new("RGB", (56, 56), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    frames = [f"{number}.png" for number in range(4)]
+    inline = [{"type": "video", "video": frames}, {"type": "text", "text": "What moves?"}]
+    answer = {"role": "assistant", "content": "Nothing."}
+    rows = [
+        {"messages": [{"role": "user", "content": inline}, answer]},
+        {"prompt": "What moves?", "completion": "Nothing.", "videos": [frames]},
+        {"prompt": "What moves?", "completion": "Nothing.", "videos": [frames[::-1]]},
+    ]
+    (tmp_path / "pictures.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = preview(tmp_path, tiny_checkpoint("qwen2_vl", tmp_path / "base"))
+    assert (found.fates["whole"], found.refused) == (3, [])
+    assert found.shown[0].images == []
+    assert found.shown[0].count("media") == found.shown[1].count("media") > 4
+    assert [place.rpartition(", ")[2] for place, _ in found.duplicates] == ["line 2"]  # line 3 runs backwards
+
+
 def test_overflow_skip_is_told_as_such(handwriting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(handwriting)
     config = read_config("config.yaml", ["data.overflow=skip"])

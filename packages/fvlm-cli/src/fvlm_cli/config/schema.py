@@ -91,7 +91,7 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="FVLM's name of a column: the file's name of it, as in {prompt: question, images: photo}. FVLM's "
-        "names are messages, conversations, prompt, completion, images, image.",
+        "names are messages, conversations, prompt, completion, images, image, videos, video.",
     )
     image_folder: str | None = Field(
         default=None, description="Relative image paths start here. Default: the folder of the file that names them."

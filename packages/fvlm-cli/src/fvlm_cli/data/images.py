@@ -1,4 +1,4 @@
-"""Where a sample's image files are, and whether they are images."""
+"""Where a sample's image and video files are, and whether the images are images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from fvlm_cli.data.row import Row
 
-_COLUMNS = ("image", "images")
-_PATH_KEYS = ("image", "path")
+_COLUMNS = ("image", "images", "video", "videos")
+_PATH_KEYS = ("image", "video", "path", "frames")
 
 
 def resolve_images(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the sample with its relative image paths, in columns and message blocks, made to start at `folder`.
+    """Return the sample with its relative paths of images and videos, in columns and blocks, made to start at `folder`.
 
     Addresses (`https://…`), data URIs and embedded images stay as they are. The sample is not changed.
     """
@@ -35,8 +35,8 @@ def _resolve_turn(turn: Any, folder: Path) -> Any:
 
 
 def _resolve_block(block: Any, folder: Path) -> Any:
-    is_image = isinstance(block, Mapping) and block.get("type") == "image"
-    return _resolve(block, folder) if is_image else block
+    is_medium = isinstance(block, Mapping) and block.get("type") in ("image", "video")
+    return _resolve(block, folder) if is_medium else block
 
 
 def _resolve(source: Any, folder: Path) -> Any:

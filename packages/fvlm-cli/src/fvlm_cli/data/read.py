@@ -15,7 +15,7 @@ from fvlm_cli.data.images import check_images, resolve_images
 from fvlm_cli.data.row import Row
 from fvlm_core.errors import ConfigError, DataError
 
-NAMES = ("messages", "conversations", "prompt", "completion", "images", "image")
+NAMES = ("messages", "conversations", "prompt", "completion", "images", "image", "videos", "video")
 """The columns that FVLM knows; see `fvlm_vision.samples`."""
 
 Track = Callable[[Iterable[Row], int], Iterable[Row]]

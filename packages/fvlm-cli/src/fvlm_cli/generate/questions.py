@@ -86,6 +86,8 @@ def question_of(row: Row) -> Question:
         conversation = read_sample(sample)
     except DataError as error:
         raise row.refuse(error.reason) from None
+    if conversation.videos:
+        raise row.refuse("it has a video, and models are asked about images only; leave the row out.")
     last = max(number for number, message in enumerate(conversation.messages) if message["role"] == "assistant")
     before = conversation.messages[:last]
     if not before or before[-1]["role"] == "assistant":

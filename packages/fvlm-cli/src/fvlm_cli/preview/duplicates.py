@@ -17,7 +17,7 @@ def duplicates(train: Sequence[Row], evaluate: Sequence[Row]) -> list[tuple[str,
     found: list[tuple[str, str]] = []
     for row in [*train, *evaluate]:
         conversation = _conversation(row)
-        images = [_digest(source) for source in conversation.images]
+        images = [_digest(source) for source in [*conversation.images, *conversation.videos]]
         key = json.dumps([conversation.messages, images], sort_keys=True, default=repr)
         if key in first:
             found.append((row.place, first[key]))
@@ -42,8 +42,14 @@ def _conversation(row: Row) -> Any:
 def _digest(source: Any) -> str:
     """Return a name of an image's content: equal files have equal names, wherever they lie."""
     if isinstance(source, Mapping):
-        given = [source[key] for key in ("bytes", "path", "image", "url", "base64") if source.get(key) is not None]
+        given = [
+            source[key]
+            for key in ("bytes", "path", "image", "video", "frames", "url", "base64")
+            if source.get(key) is not None
+        ]
         return _digest(given[0]) if given else repr(source)
+    if isinstance(source, list):  # a video's frames
+        return hashlib.sha256("".join(map(_digest, source)).encode()).hexdigest()
     if isinstance(source, bytes | bytearray):
         return hashlib.sha256(source).hexdigest()
     if isinstance(source, str) and not source.startswith("data:") and "://" not in source and Path(source).is_file():

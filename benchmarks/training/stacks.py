@@ -1,0 +1,93 @@
+"""The stacks that are compared: each loads a checkpoint in 4 bit, puts the same LoRA on it, and brings a collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+RANK, ALPHA = 16, 32
+Stack = tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]
+"""A model with adapters, its processor, and a collator."""
+
+
+def fvlm(folder: str, mode: bool | str) -> Stack:
+    """This project."""
+    from fvlm_vision import FastVisionDataCollator, FastVisionModel
+
+    model, processor = FastVisionModel.from_pretrained(folder, load_in_4bit=True)
+    model = FastVisionModel.get_peft_model(model, r=RANK, lora_alpha=ALPHA, use_gradient_checkpointing=mode)
+    return model, processor, FastVisionDataCollator(model, processor)
+
+
+def hf(folder: str, mode: bool | str) -> Stack:
+    """Plain transformers, PEFT and bitsandbytes."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.visual.merger", "lm_head"],
+    )
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": 0} if torch.cuda.is_available() else None,
+        attn_implementation="sdpa",
+    )
+    model = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=bool(mode), gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "merger" not in name and "lm_head" not in name
+    ]
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"))
+    processor = AutoProcessor.from_pretrained(folder)
+    return model, processor, _plain_collator(model, processor)
+
+
+def liger(folder: str, mode: bool | str) -> Stack:
+    """Plain transformers with Liger's kernels."""
+    import liger_kernel.transformers as kernels
+    from transformers import AutoConfig
+
+    family = AutoConfig.from_pretrained(folder).model_type
+    getattr(kernels, f"apply_liger_kernel_to_{family}")()
+    return hf(folder, mode)
+
+
+def unsloth(folder: str, mode: bool | str) -> Stack:
+    """Unsloth, told not to shrink images."""
+    from unsloth import FastVisionModel
+    from unsloth.trainer import UnslothVisionDataCollator
+
+    model, processor = FastVisionModel.from_pretrained(folder, load_in_4bit=True)
+    model = FastVisionModel.get_peft_model(model, r=RANK, lora_alpha=ALPHA, use_gradient_checkpointing=mode)
+    FastVisionModel.for_training(model)
+    return model, processor, UnslothVisionDataCollator(model, processor, resize="max")
+
+
+STACKS: dict[str, Callable[[str, bool | str], Stack]] = {"fvlm": fvlm, "hf": hf, "liger": liger, "unsloth": unsloth}
+
+
+def _plain_collator(model: Any, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    media = [model.config.image_token_id, model.config.video_token_id]
+    media += [model.config.vision_start_token_id, model.config.vision_end_token_id]
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        texts = [processor.apply_chat_template(sample["messages"], tokenize=False) for sample in batch]
+        images = [[sample["messages"][0]["content"][0]["image"]] for sample in batch]
+        encoded = dict(processor(text=texts, images=images, return_tensors="pt", padding=True))
+        hidden = (encoded["attention_mask"] == 0) | torch.isin(encoded["input_ids"], torch.tensor(media))
+        return {**encoded, "labels": encoded["input_ids"].masked_fill(hidden, -100)}
+
+    return collate

@@ -1,0 +1,130 @@
+"""Train one stack for a few steps and print what was measured as one line of JSON; `run` starts it.
+
+    python -m benchmarks.training.worker STACK FOLDER [--workload ocr] [--steps 16] [--warmup 6] [--mode unsloth]
+
+A process of its own for each stack: what one of them patches, caches or leaves allocated is no other's business, and
+the time from the start of the process to the end of the tenth step is what a user waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+
+STARTED = time.time()
+
+
+def train(options: argparse.Namespace) -> dict[str, object]:
+    """Load, train, measure."""
+    from benchmarks.training.stacks import STACKS
+
+    stack = STACKS[options.stack]
+    if options.stack == "unsloth":
+        import unsloth  # noqa: F401  # it must come before transformers
+    import torch
+    from benchmarks.training.workloads import WORKLOADS, samples
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    imported = time.time() - STARTED
+    begun = time.time()
+    mode: bool | str = {"True": True, "False": False}.get(options.mode, options.mode)
+    model, processor, collate = stack(options.folder, mode)
+    loaded = time.time() - begun
+    cuda = torch.cuda.is_available()
+    workload = WORKLOADS[options.workload]
+    data = samples(workload, 4 * workload.batch * workload.accumulation)
+    ready = [collate(data[i : i + workload.batch]) for i in range(0, len(data), workload.batch)]
+
+    class Batches(torch.utils.data.Dataset[object]):
+        def __len__(self) -> int:
+            return len(ready)
+
+        def __getitem__(self, index: int) -> object:
+            return index
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            ends.append(time.time())
+            if cuda and len(ends) == options.warmup:
+                torch.cuda.reset_peak_memory_stats()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_train_batch_size=1,  # one row is a batch that was collated beforehand
+            gradient_accumulation_steps=workload.accumulation,
+            max_steps=options.steps,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            optim=options.optim,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=bool(mode) and options.stack != "fvlm",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=cuda,
+            use_cpu=not cuda,
+            disable_tqdm=True,
+            seed=3407,
+        )
+        set_seed(3407)
+        kind = _trainer_of(options.stack, Trainer)
+        trainer = kind(
+            model=model,
+            args=arguments,
+            data_collator=lambda rows: dict(ready[rows[0]]),
+            train_dataset=Batches(),
+            callbacks=[Clock()],
+            **({"processing_class": processor} if options.stack == "fvlm" else {}),
+        )
+        trainer.train()
+    steps = [later - earlier for earlier, later in itertools.pairwise(ends)][max(options.warmup - 1, 0) :]
+    tokens = ready[0]["input_ids"].shape[1] * workload.batch * workload.accumulation
+    return {
+        "stack": options.stack,
+        "workload": options.workload,
+        "mode": str(mode),
+        "step_s": statistics.median(steps),
+        "tokens_s": tokens / statistics.median(steps),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "import_s": imported,
+        "load_s": loaded,
+        "to_step_10_s": ends[9] - STARTED if len(ends) > 9 else None,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def _trainer_of(stack: str, stock: type) -> type:
+    """FVLM brings its own trainer; to the others stock's does right."""
+    if stack != "fvlm":
+        return stock
+    from fvlm_vision import FastVisionTrainer
+
+    return FastVisionTrainer
+
+
+def main() -> None:
+    """Parse the arguments, train, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stack")
+    parser.add_argument("folder")
+    parser.add_argument("--workload", default="ocr")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--mode", default="unsloth")
+    parser.add_argument("--optim", default="adamw_8bit")
+    print("RESULT " + json.dumps(train(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The training benchmark runs its stacks in processes of their own, holds their losses together and writes rows."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.training.run")
+
+
+def test_stacks_agree_and_leave_rows(run, tmp_path, capsys):
+    out = tmp_path / "new" / "rows.jsonl"
+    arguments = ["tiny", str(tmp_path / "tiny"), "--workload", "toy", "--stack", "hf", "fvlm", "--steps", "3"]
+    options = ["--warmup", "1", "--optim", "adamw_torch", "--out", str(out), "--commit", "abc"]
+    assert run.main([*arguments, *options]) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["stack"] for row in rows] == ["hf", "fvlm"]
+    for row in rows:
+        assert row["commit"] == "abc"
+        assert row["step_s"] > 0
+        assert len(row["losses"]) == 3
+        assert len(set(row["losses"])) == 3
+    assert capsys.readouterr().out.count("s a step") == 2
+
+
+def test_a_stack_that_fails_fails_the_run(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert run.main(["tiny", str(tmp_path), "--workload", "toy", "--stack", "fvlm", "--steps", "1"]) == 1
+    assert "fvlm failed on toy: " in capsys.readouterr().err
+
+
+def test_losses_that_part_fail_the_run(run, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    figures = {"step_s": 1.0, "peak_gib": None, "load_s": 1.0, "mode": "unsloth"}
+    curves = iter([[2.0, 1.0], [2.0, 1.02]])
+    monkeypatch.setattr(run, "measure", lambda *_: {**figures, "losses": next(curves)})
+    assert run.main(["tiny", str(tmp_path), "--workload", "toy", "--stack", "hf", "fvlm", "--steps", "2"]) == 1
+
+
+def test_the_checkpoints_are_of_the_published_sizes(run):
+    import torch
+    from benchmarks.training.sizes import SIZES, real_config
+    from transformers import AutoModelForImageTextToText
+
+    expected = {"qwen2_vl-2b": 2.209e9, "qwen2_5_vl-7b": 8.292e9}
+    for name, parameters in expected.items():
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(real_config(name)[0])
+        assert model.num_parameters() == pytest.approx(parameters, rel=1e-3)
+        assert set(SIZES) == {"tiny", *expected}

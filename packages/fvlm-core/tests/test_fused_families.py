@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+import transformers
 from family_tools import FAMILIES, family_batch, prompt_of, without_padding_mask
 from fused_tools import adapted_model, assert_equal_step, assert_same_step, step
+from torch import nn
 
-from fvlm_core import Precision
+from fvlm_core import Precision, load_model
 from fvlm_core.arch import plain_modules, task_model
 from fvlm_core.checkpointing import apply_checkpointing, use_graphs
 from fvlm_core.fused import fuse_model, fusion_report, has_fused_loss, unfuse_model
+from fvlm_core.fused.patches import patch_conv_forward, patch_conv_unfit
 from fvlm_core.graphs import LayerGraphs
 
 TRAINED = ("vision", "projector", "language")
@@ -119,6 +122,24 @@ def test_checkpointed_layers_equal_stock(model, batch):
     assert_same_step(step(model, batch), stock)
 
 
+def recorded(model):
+    """Record a fused model's layers from now on, as a rehearsal; return what does it."""
+    graphs = LayerGraphs(rehearse=True)
+    use_graphs(model, graphs)
+    apply_checkpointing(model, True)
+    return graphs
+
+
+def recordings_of(graphs):
+    """Class name of the recorded layers → the one length of their recordings, and how many layers there are."""
+    found = {}
+    for key, kind in graphs._stages.items():
+        length, count = found.get(key[0].__name__, (key[1][-2], 0))
+        assert key[1][-2] == length
+        found[key[0].__name__] = length, count + len(kind.layers)
+    return found
+
+
 @pytest.mark.parametrize("targets", [TRAINED, ("language",)], ids=["all", "language"])
 @pytest.mark.parametrize("padded", [True, False], ids=["mask", "no-mask"])
 def test_recorded_layers_equal_stock(tiny, family, targets, padded):
@@ -126,11 +147,145 @@ def test_recorded_layers_equal_stock(tiny, family, targets, padded):
     batch = family_batch(tiny(family), model)
     if not padded:
         batch = without_padding_mask(batch)
-    stock = step(model, batch)
+    stock = step(copy.deepcopy(model), batch)  # a stock Pixtral tower leaves hooks on its layers
     fuse_model(model)
-    graphs = LayerGraphs(rehearse=True)
-    use_graphs(model, graphs)
-    apply_checkpointing(model, True)
+    graphs = recorded(model)
     for _ in range(3):
         assert_same_step(step(model, batch), stock)
     assert graphs.replayed == 2 * graphs.recorded > 0
+    assert_only_causal_layers_are_rounded(family, targets, padded, batch["input_ids"].shape[1], graphs)
+
+
+def assert_only_causal_layers_are_rounded(family, targets, padded, tokens, graphs):
+    rounded = tokens if padded else -(-tokens // 64) * 64
+    assert tokens % 64 > 0
+    found = recordings_of(graphs)
+    if family == "mllama":
+        assert found.pop("MllamaSelfAttentionDecoderLayer") == (rounded, 2)
+        if targets == TRAINED:  # the image features carry a gradient
+            assert "MllamaCrossAttentionDecoderLayer" not in found
+        else:
+            assert found.pop("MllamaCrossAttentionDecoderLayer") == (tokens, 2)
+        assert found.pop("MllamaVisionEncoderLayer")[1] == 5
+    elif family == "gemma3":  # image tokens see each other both ways, so there is always a mask
+        assert found.pop("Gemma3DecoderLayer") == (tokens, 3)
+        assert found.pop("SiglipEncoderLayer") == (16, 2)
+    else:
+        assert found.pop("MistralDecoderLayer") == (rounded, 2)
+        assert found.pop("PixtralAttentionLayer")[1] == 2
+    assert not found
+
+
+def test_full_finetuning_trains_gates_norms_and_convolutions(tiny, family):
+    model = load_model(tiny(family), precision=Precision.FULL, device_map="cpu").train()
+    batch = family_batch(tiny(family), model)
+    stock = step(model, batch)
+    fuse_model(model)
+    ours = step(model, batch)
+    torch.testing.assert_close(ours[0], stock[0])
+    assert set(ours[1]) == set(stock[1])
+    for name, expected in stock[1].items():
+        assert (ours[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-8, name
+
+
+def test_eager_attention_equals_stock_and_gives_its_weights(model, batch):
+    task_model(model).set_attn_implementation("eager")
+    stock = step(model, batch)
+    weights = model(**batch, output_attentions=True).attentions
+    fuse_model(model)
+    assert_same_step(step(model, batch), stock)
+    for ours, expected in zip(model(**batch, output_attentions=True).attentions, weights, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("family", ["pixtral", "mistral3"])
+def test_a_pixtral_tower_makes_no_mask_and_the_same_states(model, batch, monkeypatch):
+    tower = task_model(model).model.vision_tower
+    args = {"image_sizes": batch["image_sizes"], "output_hidden_states": True}
+    with torch.no_grad():
+        stock = tower(batch["pixel_values"], **args)
+    fuse_model(model)
+    monkeypatch.setattr("transformers.models.pixtral.modeling_pixtral.generate_block_attention_mask", None)
+    with torch.no_grad():
+        ours = tower(batch["pixel_values"], **args)
+        alone = tower(batch["pixel_values"], image_sizes=batch["image_sizes"].tolist())
+    assert len(ours.hidden_states) == len(stock.hidden_states) == 3
+    for state, expected in zip(ours.hidden_states, stock.hidden_states, strict=True):
+        torch.testing.assert_close(state, expected)
+    torch.testing.assert_close(ours.last_hidden_state, stock.last_hidden_state)
+    torch.testing.assert_close(alone.last_hidden_state, stock.last_hidden_state)
+    assert alone.hidden_states is None
+
+
+@pytest.mark.parametrize("family", ["pixtral"])
+def test_images_without_sizes_are_not_padded(model, batch):
+    tower = task_model(model).model.vision_tower
+    with torch.no_grad():
+        stock = tower(batch["pixel_values"]).last_hidden_state
+        fuse_model(model)
+        torch.testing.assert_close(tower(batch["pixel_values"]).last_hidden_state, stock)
+
+
+@pytest.mark.parametrize("family", ["pixtral"])
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_a_pixtral_layer_with_a_forward_of_its_own_gets_its_mask(model, batch, part):
+    """It would not know what the bounds of the images are, and would let them see each other."""
+    stock = step(model, batch)
+    layer = task_model(model).model.vision_tower.transformer.layers[1]
+    module = layer if part == "layer" else layer.attention
+    module.forward = module.forward
+    assert list(fuse_model(model).left.values()) == ["has a forward of its own"]
+    assert_same_step(step(model, batch), stock)
+
+
+@pytest.mark.parametrize("family", ["mllama"])
+def test_an_encoder_with_a_forward_of_its_own_runs_fused_layers(model, batch):
+    stock = step(model, batch)
+    encoder = task_model(model).model.vision_model.transformer
+    encoder.forward = encoder.forward
+    assert list(fuse_model(model).left.values()) == ["has a forward of its own"]
+    assert_same_step(step(model, batch), stock)
+
+
+@pytest.mark.parametrize("family", ["mllama"])
+def test_the_vision_layers_of_llama_are_checkpointed(model, batch):
+    fuse_model(model)
+    layers = modules_of(model, "tower_block")
+    calls = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    step(model, batch)
+    assert len(calls) == len(layers) == 5
+    apply_checkpointing(model, True)
+    step(model, batch)
+    assert len(calls) == (1 + 2) * 5
+    model.eval()
+    model(**batch)
+    assert len(calls) == (1 + 2 + 1) * 5
+
+
+def test_a_text_model_of_another_kind_keeps_its_own_layers():
+    text = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    vision = transformers.PixtralVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, image_size=32)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1)
+    )
+    report = fuse_model(model)
+    assert {"task_model", "packed_tower", "plain_mlp"} <= set(report.fused.values())
+    assert not any(name.startswith("model.language_model") for name in report.fused)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({}, None), ({"padding": 1}, "patches"), ({"stride": 1}, "patches"), ({"groups": 2}, "convolution")],
+    ids=str,
+)
+def test_a_convolution_is_a_matrix_product_only_if_its_patches_lie_apart(options, reason):
+    convolution = nn.Conv2d(4, 8, 2, **{"stride": 2, **options})
+    found = patch_conv_unfit(convolution)
+    if reason is not None:
+        assert reason in found
+        return
+    assert found is None
+    x = torch.randn(3, 4, 7, 6)  # a row and nothing of a column is left over
+    torch.testing.assert_close(patch_conv_forward(convolution, x), convolution(x))

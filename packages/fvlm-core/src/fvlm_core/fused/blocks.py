@@ -82,13 +82,34 @@ def cross_layer_forward(
 
 
 def tower_block_forward(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    module: Any,
+    hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    hidden_state: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
-    """Run a block of a SigLIP, Pixtral or Llama 3.2 tower, gated or not, on ``(batch, patches, hidden)``."""
+    """Run a block of a SigLIP, Pixtral or Llama 3.2 tower, gated or not.
+
+    Args:
+        module: the block.
+        hidden_states: ``(batch, patches, hidden)``.
+        attention_mask: as the tower made it, or None.
+        hidden_state: the older name of ``hidden_states``, which Llama 3.2's own encoder uses.
+        **kwargs: passed on to the attention.
+
+    Returns:
+        ``(batch, patches, hidden)``.
+
+    Raises:
+        TypeError: there is no hidden state.
+    """
+    x = hidden_state if hidden_states is None else hidden_states
+    if x is None:
+        raise TypeError("hidden_states is missing; the vision tower hands it to every block")
     names = next(parts for parts in _TOWER_PARTS if all(name in module._modules for name in parts))
     first, attention, second, mlp = (module._modules[name] for name in names)
-    attended, _ = attention(normalized(first, hidden_states), attention_mask=attention_mask, **kwargs)
-    normed, residual = add_and_normalize(second, _gated(module, "gate_attn", attended), hidden_states)
+    attended, _ = attention(normalized(first, x), attention_mask=attention_mask, **kwargs)
+    normed, residual = add_and_normalize(second, _gated(module, "gate_attn", attended), x)
     return residual + _gated(module, "gate_ffn", mlp(normed))
 
 

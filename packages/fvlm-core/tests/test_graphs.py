@@ -297,3 +297,17 @@ def test_keeping_takes_memory_and_spares_the_second_forward_pass(tiny):
         assert kept(graphs) == (4 if mode == "auto" else 0, 4)
     assert held["auto"] > held[True]
     assert_same_step(results["auto"], results[True], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_stages_of_all_shapes_share_the_memory_of_the_largest(model, mode):
+    batches = [without_mask(make_batch(model.config, (length, length), length)) for length in (150, 20, 90)]
+    expected = [step(model, batch) for batch in batches]
+    graphs = recorded(model, mode)
+    for _ in range(3):
+        for batch, wanted in zip(batches, expected, strict=True):
+            assert_same_step(step(model, batch), wanted)
+    decoders = [kind.stage for key, kind in graphs._stages.items() if "Decoder" in key[0].__name__]
+    assert len({stage.tokens for stage in decoders}) == 3
+    for role in ("x", "y", "dy", "dx"):
+        assert len({getattr(stage, role).data_ptr() for stage in decoders}) == 1, role

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
-from fvlm_core.graphs.stage import Key, Stage, can_round_up, describe
+from fvlm_core.graphs.stage import Arena, Key, Stage, can_round_up, describe
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
 
@@ -60,7 +60,7 @@ class LayerGraphs:
         self._recorder: Recorder | None = None
         self._stages: OrderedDict[Key, _Kind] = OrderedDict()
         self._seen: WeakKeyDictionary[nn.Module, set[Key]] = WeakKeyDictionary()
-        self._copies = Copies()
+        self._copies, self._arena = Copies(), Arena()
         self._off = False
         self.replayed = self.recorded = 0
 
@@ -124,7 +124,7 @@ class LayerGraphs:
         if not state.recordable or (kind is not None and kind.unfit):
             return None
         if kind is None:
-            kind = self._new_kind(key, Stage(hidden, kwargs, length, hidden.requires_grad))
+            kind = self._new_kind(key, Stage(hidden, kwargs, length, hidden.requires_grad, self._arena))
         recorder = self._recorder_for(hidden.device)
         recorded = RecordedLayer(state, kind.stage, layer.func, recorder, autocast, self._copies)
         kind.stage.load_arguments(tuple(kwargs.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -51,6 +52,31 @@ def can_round_up(kwargs: Mapping[str, Any]) -> bool:
     )
 
 
+class Arena:
+    """The memory that all stages take theirs from.
+
+    Only one layer is replayed at a time, what it reads is loaded before, and what it leaves is copied out at once. So
+    the input of one stage may lie where another's lies: a run over many image sizes holds the memory of the largest.
+    """
+
+    def __init__(self) -> None:
+        self._largest: dict[Key, Tensor] = {}
+
+    def room(self, role: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return memory of a shape, and of the dtype and device of ``like``.
+
+        Args:
+            role: what it is for; rooms of different roles do not overlap.
+            like: a tensor.
+            shape: of the room.
+        """
+        key, size = (role, like.dtype, like.device), prod(shape)
+        held = self._largest.get(key)
+        if held is None or held.numel() < size:
+            held = self._largest[key] = like.new_zeros(size)
+        return held[:size].view(*shape)
+
+
 class Stage:
     """Fixed memory for the input, output, gradients and keyword arguments of a layer.
 
@@ -60,14 +86,15 @@ class Stage:
         tokens: how long the token axis is in the recording; at least as long as in ``hidden``. Where it is longer, what
             is behind the given tokens is filled with zeros: right for layers in which no token sees a later one.
         needs_dx: whether the input's gradient is wanted.
+        arena: where its memory comes from.
     """
 
-    def __init__(self, hidden: Tensor, kwargs: Mapping[str, Any], tokens: int, needs_dx: bool) -> None:
+    def __init__(self, hidden: Tensor, kwargs: Mapping[str, Any], tokens: int, needs_dx: bool, arena: Arena) -> None:
         shape = (*hidden.shape[:-2], tokens, hidden.shape[-1])
         self.tokens, self.needs_dx = tokens, needs_dx
         self._rounded = tokens != hidden.shape[-2]
-        self.x, self.y, self.dy = (hidden.new_zeros(shape) for _ in range(3))
-        self.dx = hidden.new_zeros(shape) if needs_dx else None
+        self.x, self.y, self.dy = (arena.room(role, hidden, shape) for role in ("x", "y", "dy"))
+        self.dx = arena.room("dx", hidden, shape) if needs_dx else None
         self.kwargs = {name: self._room_for(name, value, hidden.shape[-2]) for name, value in kwargs.items()}
         self._loaded: tuple[Any, ...] = ()
         self._gradients: dict[Key, tuple[Tensor, list[Tensor]]] = {}

@@ -14,6 +14,7 @@ from fvlm_cli.config.read import read_config
 from fvlm_cli.output import Output
 from fvlm_cli.training.run import run
 from fvlm_core.errors import ConfigError
+from fvlm_vision import FastVisionTrainer
 
 
 def trained(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], dict[str, float]]:
@@ -28,7 +29,9 @@ def trained(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], dict[
     return record, moved
 
 
-def test_a_tower_learns_at_its_own_rate(handwriting_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flat", [False, True], ids=["single", "flat"])
+def test_a_tower_learns_at_its_own_rate(handwriting_run: Path, monkeypatch: pytest.MonkeyPatch, flat: bool) -> None:
+    monkeypatch.setattr(FastVisionTrainer, "_can_be_flat", lambda *_: flat)
     monkeypatch.chdir(handwriting_run)
     _, both = trained(handwriting_run, "both", "train.max_steps=1")
     assert both["vision"] == pytest.approx(2e-3, rel=0.02)  # Adam's first step is as long as the rate

@@ -28,7 +28,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fvlm_core.errors import ConfigError
-from fvlm_core.graphs import LayerGraphs
+from fvlm_core.graphs import LayerGraphs, module_of
 from fvlm_core.offload import offloaded
 
 if TYPE_CHECKING:
@@ -88,14 +88,13 @@ class Recompute:
 
 def _carries_gradient(layer: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether an input or a parameter of the layer wants a gradient. A wrong no costs memory, never correctness."""
-    keywords: tuple[Any, ...] = ()
-    if isinstance(layer, partial):  # GradientCheckpointingLayer binds the keyword arguments
-        keywords = tuple(layer.keywords.values())
-        layer = layer.func
+    keywords = (
+        tuple(layer.keywords.values()) if isinstance(layer, partial) else ()
+    )  # GradientCheckpointingLayer binds them
     if any(isinstance(value, torch.Tensor) and value.requires_grad for value in (*args, *keywords)):
         return True
-    module = layer.__self__ if isinstance(layer, MethodType) else layer
-    return not isinstance(module, torch.nn.Module) or any(p.requires_grad for p in module.parameters())
+    module = module_of(layer)
+    return module is None or any(p.requires_grad for p in module.parameters())
 
 
 def canonical_mode(mode: bool | str) -> bool | str:

@@ -111,7 +111,9 @@ def _provenance(live: LiveModel) -> Provenance | None:
         return None
     quantizer = live.base.__dict__.get("hf_quantizer")
     stored = quantizer is not None and bool(quantizer.pre_quantized)
-    return Provenance(name, live.base.config._commit_hash, stored, live.base.dtype, live.base.is_custom_code())
+    return Provenance(
+        name, vars(live.base.config).get("_commit_hash"), stored, live.base.dtype, live.base.is_custom_code()
+    )
 
 
 def _choose(

@@ -65,6 +65,10 @@ class FlatOptimizer:
         brings_parameters = {"params", "model", "optimizer_dict"} & set(options)
         return f"{kind.__module__}.{kind.__qualname__}" in _ELEMENTWISE and not brings_parameters
 
+    def behind(self, parameter: nn.Parameter) -> list[nn.Parameter]:
+        """Return the model's parameters that lie in one of the optimizer's; they all get their gradients together."""
+        return next((flat.parameters for flat in self._flat if flat.parameter is parameter), [parameter])
+
     def clip(self, max_norm: float) -> Tensor:
         """Clip the gradients for the next step; return their norm before, a 0-d tensor."""
         for flat in self._flat:

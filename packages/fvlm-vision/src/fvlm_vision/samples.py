@@ -174,7 +174,7 @@ def _blocks(block: Any, role: str, places: Places) -> list[dict[str, Any]]:
         if not isinstance(text, str):
             raise DataError(f"a text block of a {role} message holds {type(text).__name__}; give a string.")
         return places.split(text)
-    if kind in _BLOCK_KINDS:
+    if isinstance(kind, str) and kind in _BLOCK_KINDS:
         return [places.block(_BLOCK_KINDS[kind], _payload(block, _BLOCK_KINDS[kind]))]
     if kind == "audio":
         raise DataError(f"a {role} message holds an audio block, which is not supported; drop it.")

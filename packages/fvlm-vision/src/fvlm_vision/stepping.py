@@ -55,6 +55,10 @@ class SteppingTrainer(LoadingTrainer):
         self.optimizer = self._flat.optimizer
         return self.optimizer
 
+    def behind(self, parameter: torch.nn.Parameter) -> list[torch.nn.Parameter]:
+        """Return the model's parameters that lie in one of the optimizer's: itself, or what a flat one was made of."""
+        return [parameter] if self._flat is None else self._flat.behind(parameter)
+
     def _can_be_flat(self, model: Any) -> bool:
         """Adapters on a GPU, and nobody else who looks for gradients in the optimizer's parameters."""
         on_gpu = all(p.is_cuda for p in model.parameters() if p.requires_grad)

@@ -83,3 +83,13 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(lora, processor, ro
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     for name, expected in result(whole).items():
         assert torch.equal(result(resumed)[name], expected), name
+
+
+def test_what_lies_behind_a_flat_parameter(lora, processor, rows, arguments, trained, flat):
+    flat(True)
+    trainer = FastVisionTrainer(model=lora(r=64), tokenizer=processor, train_dataset=rows, args=arguments(max_steps=1))
+    trained(trainer)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    found = [[names[id(p)] for p in trainer.behind(own)] for own in trainer._flat.parameters]
+    assert sorted(name for group in found for name in group) == sorted(result(trainer))
+    assert all(len({"visual" in name for name in group}) == 1 for group in found)

@@ -122,7 +122,7 @@ class RunTrainer(FastVisionTrainer):
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made and self._rates:
-            split_by_tower(optimizer, self.model, self._rates)
+            split_by_tower(optimizer, self.model, self._rates, self.behind)
         return optimizer
 
     def evaluate(self, *arguments: Any, **given: Any) -> dict[str, float]:

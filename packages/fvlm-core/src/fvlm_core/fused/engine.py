@@ -24,6 +24,8 @@ __all__ = ["FusionReport", "fuse_model", "fusion_report", "kind_of", "unfuse_mod
 logger = logging.getLogger(__name__)
 
 _REPORT = "_fvlm_fused"
+_CACHES = ("past_key_values", "layer_past", "use_cache")
+"""A layer that is computed a second time must not write to a cache twice."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,34 @@ def _bind(module: nn.Module, kind: str) -> str | None:
     layer = LAYERS[kind]
     reason = layer.unfit(module)
     if reason is None:
-        vars(module)["forward"] = MethodType(_with_signature(layer.forward, type(module).forward, kind), module)
+        checkpointed = _checkpoints_in_forward(module)
+        fused = _with_signature(layer.forward, type(module).forward, kind, checkpointed)
+        vars(module)["forward"] = MethodType(fused, module)
     return reason
 
 
 @functools.cache
-def _with_signature(forward: Callable[..., Any], replaced: Callable[..., Any], kind: str) -> Callable[..., Any]:
+def _with_signature(
+    forward: Callable[..., Any], replaced: Callable[..., Any], kind: str, checkpointed: bool
+) -> Callable[..., Any]:
     """Return a fused forward that shows the signature of the one it replaces, which generation and trainers read."""
 
     @functools.wraps(replaced)
-    def bound(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def bound(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if checkpointed and module.training and module.gradient_checkpointing:
+            uncached = {name: value for name, value in kwargs.items() if name not in _CACHES} | {"use_cache": False}
+            return module._gradient_checkpointing_func(functools.partial(forward, module, **uncached), *args)
         return forward(module, *args, **kwargs)
 
     setattr(bound, KIND, kind)
     return bound
+
+
+def _checkpoints_in_forward(module: nn.Module) -> bool:
+    """Tell whether a module's class checkpoints in its forward, which the fused one must then do in its stead.
+
+    transformers does it in a layer's ``__call__`` up to some version, and in its ``forward`` after that.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer) and "__call__" not in vars(GradientCheckpointingLayer)

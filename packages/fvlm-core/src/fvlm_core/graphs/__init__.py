@@ -13,6 +13,6 @@ anew or run as it is. Lengths are rounded up, so that sequences of nearly the sa
 
 from __future__ import annotations
 
-from fvlm_core.graphs.runner import LayerGraphs
+from fvlm_core.graphs.runner import LayerGraphs, module_of
 
-__all__ = ["LayerGraphs"]
+__all__ = ["LayerGraphs", "module_of"]

@@ -93,11 +93,10 @@ class LayerGraphs:
         return out
 
     def _prepared(self, layer: Callable[..., Any], args: tuple[Any, ...]) -> _Prepared | None:
-        if self._off or not isinstance(layer, partial) or not isinstance(layer.func, MethodType) or not args:
+        module = module_of(layer)
+        if self._off or module is None or not isinstance(layer, partial) or not args or not self._suits(args[0]):
             return None
-        module, hidden = layer.func.__self__, args[0]
-        if not isinstance(module, nn.Module) or not self._suits(hidden):
-            return None
+        hidden = args[0]
         kwargs = {**dict(zip(_names_behind_the_first(type(module).forward), args[1:], strict=False)), **layer.keywords}
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -126,7 +125,7 @@ class LayerGraphs:
         if kind is None:
             kind = self._new_kind(key, Stage(hidden, kwargs, length, hidden.requires_grad, self._arena))
         recorder = self._recorder_for(hidden.device)
-        recorded = RecordedLayer(state, kind.stage, layer.func, recorder, autocast, self._copies)
+        recorded = RecordedLayer(state, kind.stage, partial(layer.func, *layer.args), recorder, autocast, self._copies)
         kind.stage.load_arguments(tuple(kwargs.values()))
         if not kind.layers and not recorded.warm_up():
             kind.unfit = True
@@ -197,6 +196,20 @@ def _made(rehearse: bool, memory_budget: float | None, keep: bool) -> LayerGraph
     graphs = LayerGraphs(rehearse, memory_budget)
     graphs.keep = keep
     return graphs
+
+
+def module_of(layer: Callable[..., Any]) -> nn.Module | None:
+    """Return the module whose call or forward is about to be checkpointed, or None.
+
+    Args:
+        layer: what transformers hands to a checkpointing function: the keyword arguments bound to a module's method,
+            or to a function and the module.
+    """
+    if isinstance(layer, partial):
+        first = layer.args[0] if layer.args else None
+        return first if isinstance(first, nn.Module) else module_of(layer.func)
+    owner = layer.__self__ if isinstance(layer, MethodType) else layer
+    return owner if isinstance(owner, nn.Module) else None
 
 
 class _Kind:

@@ -198,6 +198,44 @@ def test_eager_attention_equals_stock_and_gives_its_weights(model, batch):
         torch.testing.assert_close(ours, expected)
 
 
+def test_text_attention_gets_the_arguments_that_stock_gives_it(model, batch, monkeypatch):
+    """Flash attention reads the sliding window among them, which SDPA has in its mask."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def spy(module, query, key, value, mask, **kwargs):
+        if "Vision" not in type(module).__name__ and hasattr(module, "layer_idx"):
+            plain = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
+            seen.append((type(module).__name__, set(kwargs), plain))
+        return attend(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+    config = task_model(model).config.get_text_config()
+    if config.model_type == "mistral":
+        config.sliding_window = 7
+    model(**batch)
+    stock = list(seen)
+    fuse_model(model)
+    seen.clear()
+    model(**batch)
+    assert len(seen) == config.num_hidden_layers
+    assert seen == stock
+
+
+def test_a_mask_given_by_position_is_recorded(tiny):
+    model = adapted_model(tiny("gemma3"))
+    fuse_model(model)
+    layer = modules_of(model, "tower_block")[0]
+    x = torch.randn(2, 16, 64, requires_grad=True)
+    masks = [torch.randn(1, 1, 16, 16) for _ in range(3)]
+    expected = [layer(x, mask) for mask in masks]
+    graphs = recorded(model)
+    for mask, wanted in zip(masks, expected, strict=True):
+        torch.testing.assert_close(layer(x, mask), wanted)
+    assert (graphs.recorded, graphs.replayed) == (1, 2)
+
+
 @pytest.mark.parametrize("family", ["pixtral", "mistral3"])
 def test_a_pixtral_tower_makes_no_mask_and_the_same_states(model, batch, monkeypatch):
     tower = task_model(model).model.vision_tower

@@ -33,15 +33,15 @@ def trained(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], dict[
 def test_a_tower_learns_at_its_own_rate(handwriting_run: Path, monkeypatch: pytest.MonkeyPatch, flat: bool) -> None:
     monkeypatch.setattr(FastVisionTrainer, "_can_be_flat", lambda *_: flat)
     monkeypatch.chdir(handwriting_run)
-    _, both = trained(handwriting_run, "both", "train.max_steps=1")
+    _, both = trained(handwriting_run, f"both-{flat}", "train.max_steps=1")
     assert both["vision"] == pytest.approx(2e-3, rel=0.02)  # Adam's first step is as long as the rate
     assert both["language"] == pytest.approx(2e-3, rel=0.02)
     rates = ("train.vision_learning_rate=1e-5", "train.projector_learning_rate=4e-4")
-    _, own = trained(handwriting_run, "own", "train.max_steps=1", "lora.finetune_projector_layers=true", *rates)
+    _, own = trained(handwriting_run, f"own-{flat}", "train.max_steps=1", "lora.finetune_projector_layers=true", *rates)
     assert own["vision"] == pytest.approx(1e-5, rel=0.02)
     assert own["projector"] == pytest.approx(4e-4, rel=0.02)
     assert own["language"] == pytest.approx(both["language"], rel=1e-4)
-    history = json.loads((handwriting_run / "own/history.json").read_text())
+    history = json.loads((handwriting_run / f"own-{flat}/history.json").read_text())
     assert history[0]["learning_rate"] == 2e-3
 
 

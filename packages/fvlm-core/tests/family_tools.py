@@ -4,9 +4,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from fvlm_core.arch import facts_for, media_token_ids
+from fvlm_core.arch import facts_for, media_token_ids, plain_modules
+from fvlm_core.checkpointing import apply_checkpointing, use_graphs
+from fvlm_core.fused import fusion_report
+from fvlm_core.graphs import LayerGraphs
 
 FAMILIES = ("mllama", "pixtral", "mistral3", "gemma3")
+TRAINED = ("vision", "projector", "language")
 SIZES = ((64, 64), (90, 40), (30, 75))
 
 
@@ -56,3 +60,16 @@ def prompt_of(folder, model, images=2):
 def without_padding_mask(batch):
     """As the collator may give it to a fused model: causal attention hides what is behind a row anyway."""
     return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
+def modules_of(model, kind):
+    named = dict(plain_modules(model))
+    return [named[name] for name, found in fusion_report(model).fused.items() if found == kind]
+
+
+def recorded(model):
+    """Record a fused model's layers from now on, as a rehearsal; return what does it."""
+    graphs = LayerGraphs(rehearse=True)
+    use_graphs(model, graphs)
+    apply_checkpointing(model, True)
+    return graphs

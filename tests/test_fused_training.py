@@ -107,6 +107,7 @@ def test_a_run_of_the_trainer_follows_the_plain_loop(pair, tmp_path, kind):
     losses = curve(trainer)
     assert len(losses) == STEPS
     optimizer = torch.optim.AdamW(trainable(stock).values(), lr=1e-3, weight_decay=0.0)
+    optimizer.zero_grad()  # what an earlier test left
     stock.train()
     for samples, ours in zip(batches, losses, strict=True):
         expected = stock(**plain(processor, samples, stock)).loss

@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from typing import Any
 
 STARTED = time.time()
 
@@ -22,72 +23,33 @@ def train(options: argparse.Namespace) -> dict[str, object]:
     """Load, train, measure."""
     from benchmarks.training.stacks import STACKS
 
-    stack = STACKS[options.stack]
     if options.stack == "unsloth":
         import unsloth  # noqa: F401  # it must come before transformers
     import torch
     from benchmarks.training.workloads import WORKLOADS, samples
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import set_seed
 
     imported = time.time() - STARTED
     begun = time.time()
     mode: bool | str = {"True": True, "False": False}.get(options.mode, options.mode)
-    model, processor, collate = stack(options.folder, mode)
+    model, processor, collate = STACKS[options.stack](options.folder, mode)
     loaded = time.time() - begun
-    cuda = torch.cuda.is_available()
     workload = WORKLOADS[options.workload]
     data = samples(workload, 4 * workload.batch * workload.accumulation)
     ready = [collate(data[i : i + workload.batch]) for i in range(0, len(data), workload.batch)]
-
-    class Batches(torch.utils.data.Dataset[object]):
-        def __len__(self) -> int:
-            return len(ready)
-
-        def __getitem__(self, index: int) -> object:
-            return index
-
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            if cuda:
-                torch.cuda.synchronize()
-            ends.append(time.time())
-            if cuda and len(ends) == options.warmup:
-                torch.cuda.reset_peak_memory_stats()
-
+    clock = _clock(options.warmup)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=1,  # one row is a batch that was collated beforehand
-            gradient_accumulation_steps=workload.accumulation,
-            max_steps=options.steps,
-            learning_rate=2e-4,
-            lr_scheduler_type="constant",
-            optim=options.optim,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=bool(mode) and options.stack != "fvlm",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=cuda,
-            use_cpu=not cuda,
-            disable_tqdm=True,
-            seed=3407,
-        )
         set_seed(3407)
-        kind = _trainer_of(options.stack, Trainer)
-        trainer = kind(
+        trainer = _trainer_of(options.stack)(
             model=model,
-            args=arguments,
+            args=_arguments(options, mode, workload.accumulation, scratch),
             data_collator=lambda rows: dict(ready[rows[0]]),
-            train_dataset=Batches(),
-            callbacks=[Clock()],
+            train_dataset=list(range(len(ready))),
+            callbacks=[clock],
             **({"processing_class": processor} if options.stack == "fvlm" else {}),
         )
         trainer.train()
+    ends = clock.ends
     steps = [later - earlier for earlier, later in itertools.pairwise(ends)][max(options.warmup - 1, 0) :]
     tokens = ready[0]["input_ids"].shape[1] * workload.batch * workload.accumulation
     return {
@@ -96,7 +58,7 @@ def train(options: argparse.Namespace) -> dict[str, object]:
         "mode": str(mode),
         "step_s": statistics.median(steps),
         "tokens_s": tokens / statistics.median(steps),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "import_s": imported,
         "load_s": loaded,
         "to_step_10_s": ends[9] - STARTED if len(ends) > 9 else None,
@@ -104,13 +66,63 @@ def train(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _trainer_of(stack: str, stock: type) -> type:
-    """FVLM brings its own trainer; to the others stock's does right."""
-    if stack != "fvlm":
-        return stock
-    from fvlm_vision import FastVisionTrainer
+def _clock(warmup: int) -> Any:
+    """Return a callback that notes when steps end, and forgets the peak memory of the first ``warmup``."""
+    import torch
+    from transformers import TrainerCallback
 
-    return FastVisionTrainer
+    cuda = torch.cuda.is_available()
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            self.ends.append(time.time())
+            if cuda and len(self.ends) == warmup:
+                torch.cuda.reset_peak_memory_stats()
+
+    return Clock()
+
+
+def _arguments(options: argparse.Namespace, mode: bool | str, accumulation: int, scratch: str) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=scratch,
+        per_device_train_batch_size=1,  # one row is a batch that was collated beforehand
+        gradient_accumulation_steps=accumulation,
+        max_steps=options.steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        optim=options.optim,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=bool(mode) and options.stack != "fvlm",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=cuda,
+        use_cpu=not cuda,
+        disable_tqdm=True,
+        seed=3407,
+    )
+
+
+def _trainer_of(stack: str) -> Any:
+    """FVLM brings its own trainer; to the others stock's does right."""
+    if stack == "fvlm":
+        from fvlm_vision import FastVisionTrainer
+
+        return FastVisionTrainer
+    from transformers import Trainer
+
+    return Trainer
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from peft import LoraConfig, get_peft_model
 
 from fvlm_core import Precision, load_model
 from fvlm_core.arch import facts_for, linear_modules
+from fvlm_core.checkpointing import apply_checkpointing, use_graphs
+from fvlm_core.graphs import LayerGraphs
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -71,3 +73,22 @@ def assert_equal_step(ours, other):
     assert set(ours[1]) == set(other[1]) != set()
     for name, expected in other[1].items():
         assert torch.equal(ours[1][name], expected), name
+
+
+def without_mask(batch):
+    """As the collator gives it to a fused model: causal attention hides what is behind a row anyway."""
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
+def recorded(model, mode=True, **options):
+    """Record a fused model's layers from now on; return what does it."""
+    graphs = LayerGraphs(rehearse=model.device.type == "cpu", **options)
+    use_graphs(model, graphs)
+    assert apply_checkpointing(model, mode) == mode
+    return graphs
+
+
+def kept(graphs):
+    """How many recorded layers keep what they compute, and how many there are."""
+    layers = [layer for kind in graphs._stages.values() for layer in kind.layers.values()]
+    return sum(layer.kept for layer in layers), len(layers)

@@ -7,9 +7,20 @@ import copy
 
 import pytest
 import torch
-from fused_tools import QWEN, adapted_model, assert_equal_step, assert_same_step, gradients, make_batch, step
+from fused_tools import (
+    QWEN,
+    adapted_model,
+    assert_equal_step,
+    assert_same_step,
+    gradients,
+    kept,
+    make_batch,
+    recorded,
+    step,
+    without_mask,
+)
 
-from fvlm_core import ConfigError, Precision
+from fvlm_core import Precision
 from fvlm_core.checkpointing import (
     apply_checkpointing,
     graphs_of,
@@ -18,28 +29,8 @@ from fvlm_core.checkpointing import (
     use_graphs,
 )
 from fvlm_core.fused import fuse_model
-from fvlm_core.graphs import LayerGraphs
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def without_mask(batch):
-    """As the collator gives it to a fused model: causal attention hides what is behind a row anyway."""
-    return {name: value for name, value in batch.items() if name != "attention_mask"}
-
-
-def recorded(model, mode=True, **options):
-    """Record a fused model's layers from now on; return what does it."""
-    graphs = LayerGraphs(rehearse=model.device.type == "cpu", **options)
-    use_graphs(model, graphs)
-    assert apply_checkpointing(model, mode) == mode
-    return graphs
-
-
-def kept(graphs):
-    """How many recorded layers keep what they compute, and how many there are."""
-    layers = [layer for kind in graphs._stages.values() for layer in kind.layers.values()]
-    return sum(layer.kept for layer in layers), len(layers)
 
 
 @pytest.fixture(scope="module")
@@ -263,40 +254,6 @@ def test_the_oldest_shape_is_dropped(model, monkeypatch):
         step(model, without_mask(make_batch(model.config, (length, length))))
     assert len(graphs._stages) == 3
     assert graphs.recorded > 6
-
-
-@pytest.mark.parametrize(("budget", "layers"), [(2.5 / 1024, 2), (1 / 2**30, 0), (None, 4)])
-def test_what_is_kept_stays_within_the_budget(model, monkeypatch, budget, layers):
-    """Each layer counts for one MiB where there is no GPU to ask."""
-    monkeypatch.setattr("fvlm_core.graphs.runner._FIRST_GUESS", 1 << 20)
-    batch = without_mask(make_batch(model.config))
-    expected = step(model, batch)
-    graphs = recorded(model, "auto", memory_budget=budget)
-    for _ in range(3):
-        assert_same_step(step(model, batch), expected)
-    assert kept(graphs) == (layers, 4)
-
-
-def test_a_budget_must_be_an_amount():
-    with pytest.raises(ConfigError, match=r"memory_budget=0 is no amount of memory: pass GiB above 0"):
-        LayerGraphs(memory_budget=0)
-
-
-@pytest.mark.gpu
-def test_keeping_takes_memory_and_spares_the_second_forward_pass(tiny):
-    model = adapted_model(tiny("qwen2_vl"), Precision.NF4, dtype=torch.bfloat16, device="cuda")
-    fuse_model(model)
-    batch = {name: value.cuda() for name, value in without_mask(make_batch(model.config, (512, 512))).items()}
-    held, results = {}, {}
-    for mode in (True, "auto"):
-        graphs = recorded(model, mode)
-        for _ in range(3):
-            results[mode] = step(model, batch)
-        model.zero_grad()
-        held[mode] = torch.cuda.memory_allocated()
-        assert kept(graphs) == (4 if mode == "auto" else 0, 4)
-    assert held["auto"] > held[True]
-    assert_same_step(results["auto"], results[True], tolerance=1e-6)
 
 
 @pytest.mark.parametrize("mode", [True, "auto"])

@@ -1,0 +1,57 @@
+"""How much recorded layers keep of what they compute under ``use_gradient_checkpointing="auto"``."""
+
+import copy
+
+import pytest
+import torch
+from fused_tools import adapted_model, assert_same_step, kept, make_batch, recorded, step, without_mask
+
+from fvlm_core import ConfigError, Precision
+from fvlm_core.fused import fuse_model
+from fvlm_core.graphs import LayerGraphs
+
+
+@pytest.fixture(scope="module")
+def fused(tiny):
+    model = adapted_model(tiny("qwen2_vl"))
+    fuse_model(model)
+    return model
+
+
+@pytest.fixture
+def model(fused):
+    return copy.deepcopy(fused)
+
+
+@pytest.mark.parametrize(("budget", "layers"), [(2.5 / 1024, 2), (1 / 2**30, 0), (None, 4)])
+def test_what_is_kept_stays_within_the_budget(model, monkeypatch, budget, layers):
+    """Each layer counts for one MiB where there is no GPU to ask."""
+    monkeypatch.setattr("fvlm_core.graphs.runner._FIRST_GUESS", 1 << 20)
+    batch = without_mask(make_batch(model.config))
+    expected = step(model, batch)
+    graphs = recorded(model, "auto", memory_budget=budget)
+    for _ in range(3):
+        assert_same_step(step(model, batch), expected)
+    assert kept(graphs) == (layers, 4)
+
+
+def test_a_budget_must_be_an_amount():
+    with pytest.raises(ConfigError, match=r"memory_budget=0 is no amount of memory: pass GiB above 0"):
+        LayerGraphs(memory_budget=0)
+
+
+@pytest.mark.gpu
+def test_keeping_takes_memory_and_spares_the_second_forward_pass(tiny):
+    model = adapted_model(tiny("qwen2_vl"), Precision.NF4, dtype=torch.bfloat16, device="cuda")
+    fuse_model(model)
+    batch = {name: value.cuda() for name, value in without_mask(make_batch(model.config, (512, 512))).items()}
+    held, results = {}, {}
+    for mode in (True, "auto"):
+        graphs = recorded(model, mode)
+        for _ in range(3):
+            results[mode] = step(model, batch)
+        model.zero_grad()
+        held[mode] = torch.cuda.memory_allocated()
+        assert kept(graphs) == (4 if mode == "auto" else 0, 4)
+    assert held["auto"] > held[True]
+    assert_same_step(results["auto"], results[True], tolerance=1e-6)

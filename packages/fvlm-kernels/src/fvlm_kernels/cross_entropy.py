@@ -19,11 +19,9 @@ import torch
 
 from ._launch import Impl, rows_of, use_triton
 from ._library import first_derivative_only, register
+from ._loss_checks import check_labels, check_options, check_scored
 from ._losses import (
     Reduction,
-    check_labels,
-    check_options,
-    check_scored,
     launch_gradient,
     launch_rows,
     losses_ref,

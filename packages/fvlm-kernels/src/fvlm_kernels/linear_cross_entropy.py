@@ -31,8 +31,9 @@ import torch
 
 from ._launch import Impl, check_same_dtype, check_shape, use_triton
 from ._library import first_derivative_only
+from ._loss_checks import check_labels, check_options, check_scored
 from ._loss_chunks import Rows, loss_of_rows, rows_ref
-from ._losses import LossStats, Reduction, check_labels, check_options, check_scored, mean_of
+from ._losses import LossStats, Reduction, mean_of
 
 
 class _Total(torch.autograd.Function):

@@ -184,6 +184,10 @@ def test_dropout_drops_in_training_alone(tiny):
     batch = make_batch(model.config)
     fuse_model(model)
     assert step(model, batch)[0] != step(model, batch)[0]
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for dropout in dropouts:
+        dropout.p = 0.0  # in place: the layers notice
+    assert step(model, batch)[0] == step(model, batch)[0]
     model.eval()
     fused = model(**batch).loss
     unfuse_model(model)

@@ -152,7 +152,8 @@ def test_a_changed_adapter_is_noticed(model):
     with model.disable_adapter():
         torch.testing.assert_close(model(**batch).loss, disabled)
     use_graphs(model, graphs)
-    model.base_model.model.model.language_model.layers[0].self_attn.q_proj.scaling["default"] *= 3
+    q_proj = model.base_model.model.model.language_model.layers[0].self_attn.q_proj
+    q_proj.scaling["default"] *= 3
     ours = step(model, batch)
     use_graphs(model, None)
     assert_same_step(ours, step(model, batch))

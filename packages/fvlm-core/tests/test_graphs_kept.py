@@ -6,7 +6,7 @@ import pytest
 import torch
 from fused_tools import adapted_model, assert_same_step, kept, make_batch, recorded, step, without_mask
 
-from fvlm_core import ConfigError, Precision
+from fvlm_core import ConfigError, Precision, load_model
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
 
@@ -33,6 +33,12 @@ def test_what_is_kept_stays_within_the_budget(model, monkeypatch, budget, layers
     for _ in range(3):
         assert_same_step(step(model, batch), expected)
     assert kept(graphs) == (layers, 4)
+
+
+def test_a_budget_that_nothing_can_use_is_refused(tiny):
+    for options in ({"device_map": "cpu"}, {"device_map": "cpu", "fused_layers": True}):
+        with pytest.raises(ConfigError, match=r"memory_budget=2 has nothing to plan"):
+            load_model(tiny("qwen2_vl"), memory_budget=2, **options)
 
 
 def test_a_budget_must_be_an_amount():

@@ -111,10 +111,16 @@ def load_model(
     model.requires_grad_(settled is Precision.FULL)
     if "attn_implementation" not in options:
         _attend_packed(model)
-    if fused_layers is True or (fused_layers is None and all(p.is_cuda for p in model.parameters())):
+    on_gpu = all(p.is_cuda for p in model.parameters())
+    if fused_layers is True or (fused_layers is None and on_gpu):
         logger.info("%s", fuse_model(model).summary)
-        if main_device(placed).type == "cuda":
-            use_graphs(model, graphs)
+    if on_gpu and fused_layers is not False:
+        use_graphs(model, graphs)
+    elif memory_budget is not None:
+        raise ConfigError(
+            f"memory_budget={memory_budget!r} has nothing to plan: layers keep what they compute only as CUDA graphs, "
+            "which need fused layers and a model that lies on GPUs as a whole; leave it out."
+        )
     origin = Origin(
         source=source.name,
         revision=revision,

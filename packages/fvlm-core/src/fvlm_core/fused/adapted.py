@@ -179,6 +179,7 @@ def _watch(module: Any, base: Any, adapter: _Adapter, layer: LoRALinear) -> Call
             and all(part.get(name) is one for part, one in found)
             and all(parameters.get("weight") is t for parameters, t in matrices)
             and (name is None or (module.scaling[name] == adapter.scaling and name not in module.lora_variant))
+            and (name is None or _probability(module.lora_dropout[name]) == adapter.dropout)
         )
 
     return holds
@@ -242,8 +243,11 @@ def _adapter(module: LoraLayer, name: str) -> _Adapter:
         _check_called_plainly(part)
     if not isinstance(dropout, nn.Dropout | nn.Identity):
         raise _UnfusedError(f"has {type(dropout).__name__} in its adapter")
-    p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-    return _Adapter(name, first.weight, second.weight, module.scaling[name], p, (first, second))
+    return _Adapter(name, first.weight, second.weight, module.scaling[name], _probability(dropout), (first, second))
+
+
+def _probability(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
 
 def _is_plain_lora(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fvlm_core.fused.adapted import adapted, is_decoding
+from fvlm_core.fused.adapted import is_decoding, together
 from fvlm_kernels import lora_mlp
 from fvlm_kernels.lora_mlp import Activation
 
@@ -69,16 +69,11 @@ def merging_projector_forward(module: Any, image_features: Tensor, image_sizes: 
 
 
 def _fused(x: Tensor, module: nn.Module, linears: tuple[nn.Module, ...], act: nn.Module) -> Tensor | None:
-    if is_decoding(x):
-        return None
-    found = [adapted(linear) for linear in linears]
     name = activation_of(act)
-    known = [one for one in found if one is not None]
-    if name is None or len(known) < len(found) or len({one.compute_dtype for one in known}) > 1:
+    found = None if name is None or is_decoding(x) else together(linears)
+    if name is None or found is None:
         return None
-    if len({one.layer.a.dtype for one in known if one.layer.a is not None}) > 1:
-        return None
-    gate, *up, down = (one.layer for one in known)
+    (gate, *up, down), compute_dtype = found
     return lora_mlp(
         x,
         gate,
@@ -86,5 +81,5 @@ def _fused(x: Tensor, module: nn.Module, linears: tuple[nn.Module, ...], act: nn
         down,
         activation=name,
         training=module.training,
-        compute_dtype=known[0].compute_dtype,
+        compute_dtype=compute_dtype,
     )

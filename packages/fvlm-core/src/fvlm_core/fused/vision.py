@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fvlm_core.fused.adapted import project
-from fvlm_core.fused.attention import attend
+from fvlm_core.fused.attention import attend, dropout_of
 from fvlm_kernels import vision_rotary
 
 
@@ -40,7 +40,7 @@ def vision_attention_forward(
         raise TypeError("position_embeddings is missing; the vision tower makes it and hands it to every block")
     q, k = vision_rotary(q, k, *position_embeddings)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    dropout = module.attention_dropout if module.training else 0.0
+    dropout = dropout_of(module)
     if "flash" in (module.config._attn_implementation or ""):
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())

@@ -57,7 +57,7 @@ class LayerGraphs:
         self._rehearse = rehearse
         self._room = Room(memory_budget)
         self.keep = False
-        self._recorder: Recorder | None = None
+        self._recorders: dict[torch.device, Recorder] = {}
         self._stages: OrderedDict[Key, _Kind] = OrderedDict()
         self._seen: WeakKeyDictionary[nn.Module, set[Key]] = WeakKeyDictionary()
         self._copies, self._arena = Copies(), Arena()
@@ -187,9 +187,9 @@ class LayerGraphs:
         return kind
 
     def _recorder_for(self, device: torch.device) -> Recorder:
-        if self._recorder is None:
-            self._recorder = PlainRecorder() if self._rehearse else CudaRecorder(device)
-        return self._recorder
+        if device not in self._recorders:
+            self._recorders[device] = PlainRecorder() if self._rehearse else CudaRecorder(device)
+        return self._recorders[device]
 
 
 def _made(rehearse: bool, memory_budget: float | None, keep: bool) -> LayerGraphs:

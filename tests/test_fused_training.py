@@ -8,7 +8,9 @@ from parity_tools import clones, flat_gradients, make_batches, stock_model, trai
 from transformers import Trainer, TrainingArguments
 
 from fvlm_core.checkpointing import graphs_of, use_graphs
+from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
+from fvlm_core.testing import tiny_checkpoint
 from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
 STEPS = 32
@@ -151,3 +153,29 @@ def test_a_step_does_not_wait_for_the_device(qwen2_vl_folder, mode):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert graphs_of(model).replayed > graphs_of(model).recorded > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_batch_without_its_mask_gives_what_the_masked_one_gives_unfused(family, tmp_path):
+    folder = tiny_checkpoint(family, tmp_path / family)
+    model, processor = FastVisionModel.from_pretrained(str(folder), load_in_16bit=True, device_map="cpu")
+    model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=8, init_lora_weights=False)
+    samples = make_batches(1)[0]
+
+    def step():
+        batch = FastVisionDataCollator(model, processor)(samples)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return batch, loss.detach(), flat_gradients(model)
+
+    batch, expected, gradients = step()
+    assert (batch["attention_mask"] == 0).any()
+    fuse_model(model)
+    use_graphs(model, LayerGraphs(rehearse=True))
+    for _ in range(3):
+        batch, loss, ours = step()
+        assert "attention_mask" not in batch
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        for name, gradient in gradients.items():
+            assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name

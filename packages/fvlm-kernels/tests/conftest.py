@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ if not HAS_GPU and "triton" not in sys.modules:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make `-m gpu` run every kernel on the GPU, not only what cannot run elsewhere."""
+    """Make `-m gpu` run every kernel on the GPU, not only what cannot run elsewhere.
+
+    Pytest hands over the items of the whole run: those of other folders, which name their devices otherwise, are left.
+    """
     if HAS_GPU or GPU_REQUIRED:
         for item in items:
-            if "device" in getattr(item, "fixturenames", ()):
+            if "device" in getattr(item, "fixturenames", ()) and item.path.is_relative_to(Path(__file__).parent):
                 item.add_marker("gpu")
 
 

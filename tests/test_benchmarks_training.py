@@ -46,14 +46,49 @@ def test_losses_that_part_fail_the_run(run, tmp_path, monkeypatch):
     assert run.main(["tiny", str(tmp_path), "--workload", "toy", "--stack", "hf", "fvlm", "--steps", "2"]) == 1
 
 
-def test_the_checkpoints_are_of_the_published_sizes(run):
+def test_every_stack_is_told_the_same_modules(run, tmp_path):
+    from benchmarks.training.targets import choose
+
+    from fvlm_core.testing import tiny_checkpoint
+    from fvlm_vision import FastVisionModel
+
+    folder = str(tiny_checkpoint("mllama", tmp_path / "mllama"))
+    model, _ = FastVisionModel.from_pretrained(folder, load_in_16bit=True)
+    model = FastVisionModel.get_peft_model(model)
+    choice = choose(folder)
+    assert sorted(choice.targets) == sorted(model.base_model.targeted_module_names)
+    assert choice.unquantized == ["model.multi_modal_projector", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("qwen2_vl-2b", 2.209),
+        ("qwen2_5_vl-7b", 8.292),
+        ("qwen3_vl-4b", 4.438),
+        ("mllama-11b", 10.670),
+        ("pixtral-12b", 12.683),
+        ("mistral3-24b-20of40layers", 12.896),
+        ("gemma3-4b", 4.300),
+        ("smolvlm2-2b", 2.247),
+        ("idefics3-8b", 8.462),
+        ("internvl3-2b", 2.089),
+        ("llava_onevision-7b", 8.031),
+        ("paligemma-3b", 2.923),
+    ],
+)
+def test_the_checkpoints_are_of_the_published_sizes(run, name, billions):
     import torch
-    from benchmarks.training.sizes import SIZES, real_config
+    from benchmarks.training.sizes import real_config
     from transformers import AutoModelForImageTextToText
 
-    expected = {"qwen2_vl-2b": 2.209e9, "qwen2_5_vl-7b": 8.292e9}
-    for name, parameters in expected.items():
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(real_config(name)[0])
-        assert model.num_parameters() == pytest.approx(parameters, rel=1e-3)
-        assert set(SIZES) == {"tiny", *expected}
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(real_config(name)[0])
+    assert model.num_parameters() == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_every_published_size_is_held_to_its_number_of_parameters(run):
+    from benchmarks.training.published import PUBLISHED
+
+    (marks,) = test_the_checkpoints_are_of_the_published_sizes.pytestmark
+    assert [name for name, _ in marks.args[1]] == list(PUBLISHED)

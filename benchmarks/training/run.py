@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.folder = options.folder.resolve()
     if not (options.folder / "config.json").exists():
         write_checkpoint(options.size, options.folder)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the memory is the workers' now
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     status = 0
     for workload in options.workload:

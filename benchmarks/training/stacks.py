@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 RANK, ALPHA = 16, 32
 Stack = tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]
@@ -24,16 +23,18 @@ def fvlm(folder: str, mode: bool | str) -> Stack:
 
 def hf(folder: str, mode: bool | str) -> Stack:
     """Plain transformers, PEFT and bitsandbytes."""
+    from benchmarks.training.targets import choose
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+    choice = choose(folder)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual.merger", "lm_head"],
+        llm_int8_skip_modules=choice.unquantized,
     )
     model = AutoModelForImageTextToText.from_pretrained(
         folder,
@@ -45,12 +46,8 @@ def hf(folder: str, mode: bool | str) -> Stack:
     model = prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=bool(mode), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "merger" not in name and "lm_head" not in name
-    ]
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=choice.targets, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
     processor = AutoProcessor.from_pretrained(folder)
     return model, processor, _plain_collator(model, processor)
 
@@ -80,14 +77,19 @@ STACKS: dict[str, Callable[[str, bool | str], Stack]] = {"fvlm": fvlm, "hf": hf,
 
 
 def _plain_collator(model: Any, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    media = [model.config.image_token_id, model.config.video_token_id]
-    media += [model.config.vision_start_token_id, model.config.vision_end_token_id]
+    from fvlm_core.arch import facts_for, media_token_ids
+
+    media = torch.tensor(sorted(media_token_ids(facts_for(model), model.config, processor).all))
+    bos = processor.tokenizer.bos_token
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         texts = [processor.apply_chat_template(sample["messages"], tokenize=False) for sample in batch]
         images = [[sample["messages"][0]["content"][0]["image"]] for sample in batch]
-        encoded = dict(processor(text=texts, images=images, return_tensors="pt", padding=True))
-        hidden = (encoded["attention_mask"] == 0) | torch.isin(encoded["input_ids"], torch.tensor(media))
+        # A template that writes the first token itself wants no other before it.
+        plain = {} if bos is None or not texts[0].startswith(bos) else {"add_special_tokens": False}
+        made = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="right", **plain)
+        encoded = {name: value for name, value in made.items() if name != "labels"}
+        hidden = (encoded["attention_mask"] == 0) | torch.isin(encoded["input_ids"], media)
         return {**encoded, "labels": encoded["input_ids"].masked_fill(hidden, -100)}
 
     return collate

@@ -31,7 +31,8 @@ WORKLOADS = {
 }
 
 
-def _text(source: random.Random, words: int) -> str:
+def text(source: random.Random, words: int) -> str:
+    """Return so many words, some with numbers behind them."""
     return " ".join(
         source.choice(_WORDS) + (str(source.randint(0, 9999)) if source.random() < 0.3 else "") for _ in range(words)
     )
@@ -43,7 +44,7 @@ def samples(workload: Workload, count: int) -> list[dict[str, Any]]:
     made = []
     for _ in range(count):
         image = Image.fromarray(pixels.integers(0, 255, (workload.height, workload.width, 3), dtype=np.uint8))
-        question = [{"type": "image", "image": image}, {"type": "text", "text": _text(words, workload.question)}]
-        answer = [{"type": "text", "text": _text(words, workload.answer)}]
+        question = [{"type": "image", "image": image}, {"type": "text", "text": text(words, workload.question)}]
+        answer = [{"type": "text", "text": text(words, workload.answer)}]
         made.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return made

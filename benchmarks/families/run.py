@@ -70,8 +70,8 @@ def described(row: dict[str, Any]) -> str:
     )
     return (
         f"{row['name']}: {row['checkpoint_gb']:.1f} GB written in {row['write_s']:.1f} s, loaded in"
-        f" {row['load_s']:.1f} s  step {row['step_s']:.3f} s of {row['tokens_per_batch']} tokens  loss {row['losses'][0]:.3f} →"
-        f" {row['losses'][-1]:.3f}  {row['generated']} tokens in {row['generate_s']:.2f} s{peaks}  {row['fused']},"
+        f" {row['load_s']:.1f} s  step {row['step_s']:.3f} s of {row['tokens_per_batch']} tokens"
+        f"  loss {row['losses'][0]:.3f} → {row['losses'][-1]:.3f}  {row['generated']} tokens in {row['generate_s']:.2f} s{peaks}  {row['fused']},"
         f" {row['recorded_layers']} recorded"
     )
 

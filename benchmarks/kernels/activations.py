@@ -16,6 +16,7 @@ GATED = {
     "Qwen2-VL-2B text, doc": ("swiglu", 7788, 8960),
     "Qwen2.5-VL-7B text, doc": ("swiglu", 7788, 18944),
     "Qwen2.5-VL-7B vision, doc": ("swiglu", 20480, 3420),
+    "Llama-3.2-11B-Vision text": ("swiglu", 8192, 14336),
     "Gemma 3 4B text": ("geglu", 8192, 10240),
 }
 PLAIN = {

@@ -1,4 +1,4 @@
-"""Cases of ``dequantize_nf4``, ``nf4_matvec`` and ``dequantize_int8``: bound by memory, and without a gradient."""
+"""Cases of the ops on quantized weights: bound by memory, and without a gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from benchmarks.kernels.case import Case, Inputs, Provider, normal, present, size
 
 from fvlm_kernels import dequantize_int8, dequantize_nf4, nf4_matvec, quantize_nf4
+from fvlm_kernels.nf4 import dequantize_weight
 
 WEIGHTS = {  # (out_features, in_features)
     "Qwen2-VL-2B text q_proj": (1536, 1536),
@@ -81,7 +82,9 @@ def dequantize_cases(tiny: bool) -> list[Case]:
         cases.append(
             Case(
                 "nf4", name, partial(nf4_inputs, n=n, k=k),
-                present(torch=reference, bnb=_bnb_dequantize(n, k), fvlm=ours), reference, forward_bytes=moved,
+                present(
+                    torch=reference, compile=torch.compile(reference), bnb=_bnb_dequantize(n, k), fvlm=ours
+                ), reference, forward_bytes=moved,
                 shape={"out": n, "in": k},
             )
         )  # fmt: skip
@@ -106,6 +109,45 @@ def matvec_cases(tiny: bool) -> list[Case]:
                     forward_bytes=n * k // 2 + n * k // 64 + size(rows, n + k), shape={"rows": rows, "out": n, "in": k},
                 )
             )  # fmt: skip
+    return cases
+
+
+def _bnb_quantize() -> Provider | None:
+    library = bitsandbytes()
+
+    def run(x: torch.Tensor) -> Any:
+        packed, state = library.functional.quantize_4bit(x, quant_type="nf4", blocksize=64, compress_statistics=True)
+        return packed, state.absmax, state.state2.absmax
+
+    return library and run
+
+
+def _quantize(x: torch.Tensor, impl: Any = None) -> Any:
+    made = quantize_nf4(x, impl=impl)
+    return made.packed, made.absmax, made.nested_absmax
+
+
+def _there_and_back(x: torch.Tensor, impl: Any = None) -> torch.Tensor:
+    """Quantize and dequantize: the codes are no numbers that could be nearly right."""
+    return dequantize_weight(quantize_nf4(x.float(), impl=impl), impl="torch").to(x.dtype)
+
+
+def quantize_cases(tiny: bool) -> list[Case]:
+    """Return the cases of ``quantize_nf4`` with nested absmaxes, from bf16."""
+    cases = []
+    for name, (n, k) in _weights(tiny).items():
+
+        def make(device: torch.device, n: int = n, k: int = k) -> Inputs:
+            return {"x": normal(device, n, k) * k**-0.5}
+
+        cases.append(
+            Case(
+                "quantize_nf4", name, make,
+                present(torch=partial(_quantize, impl="torch"), bnb=_bnb_quantize(), fvlm=_quantize),
+                partial(_there_and_back, impl="torch"), checked=_there_and_back, recorded=False,
+                forward_bytes=size(n, k) + n * k // 2 + n * k // 64, shape={"out": n, "in": k},
+            )
+        )  # fmt: skip
     return cases
 
 

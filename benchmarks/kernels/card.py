@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels.measure import Clock
+from benchmarks.kernels.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 

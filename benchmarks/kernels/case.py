@@ -23,12 +23,15 @@ class Case:
         providers: functions of those inputs: ``torch`` (what the models run today) and ``fvlm`` always.
         wanted: the inputs that get a gradient; none for a forward-only case.
         reference: the function to check ``fvlm`` against before anything is timed; stays in float64 when given it.
+        recorded: whether calls may be captured in a CUDA graph. bitsandbytes launches what quantizes and what steps on
+            the default stream, where no capture can be, and ends the process if one is.
+        checked: what to check in place of ``fvlm`` where that does not return numbers.
         forward_bytes: least traffic of a forward pass; 0 where ``forward_flops`` is the measure.
         backward_bytes: least traffic of a backward pass.
         forward_flops: floating-point operations of a forward pass, for ops bound by them.
         backward_flops: of a backward pass.
         together: time both passes as one in place of backward alone: where an op makes its gradient in the forward
-            pass, backward alone says nothing.
+            pass, or where what is to be reached is said of both.
         in_place: whether providers change their inputs, so that they are checked on copies.
     """
 
@@ -45,11 +48,21 @@ class Case:
     shape: dict[str, int] = field(default_factory=dict)
     together: bool = False
     in_place: bool = False
+    recorded: bool = True
+    checked: Provider | None = None
 
     @property
     def passes(self) -> tuple[str, ...]:
         """What is timed: ``"forward"`` without a gradient, and ``"backward"`` or ``"both"`` where there is one."""
         return ("forward", *(["both" if self.together else "backward"] if self.wanted else []))
+
+    def bytes_of(self, mode: str) -> int:
+        """Return the least traffic of one of the passes; 0 where operations are the measure."""
+        return self.forward_bytes * (mode != "backward") + self.backward_bytes * (mode != "forward")
+
+    def flops_of(self, mode: str) -> int:
+        """Return the operations of one of the passes."""
+        return self.forward_flops * (mode != "backward") + self.backward_flops * (mode != "forward")
 
 
 def size(*shape: int, itemsize: int = 2) -> int:

@@ -1,14 +1,7 @@
-"""Time the providers of a case against each other on one device.
-
-Calls are interleaved, so that clocks and neighbours disturb all alike. Inputs are rotated, and before each timed call
-on a GPU a large buffer is read: that evicts them from the L2 cache without leaving dirty lines in it, and keeps the GPU
-busy while the host queues the call, so that what is timed is the device and not Python. The host's own time a call is
-measured apart.
-"""
+"""Time the providers of a case against each other on one device, interleaved, so that clocks disturb all alike."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,71 +10,36 @@ from typing import Any
 
 import torch
 from benchmarks.kernels.case import Case, Inputs, Provider
+from benchmarks.kernels.clock import RECORD_BELOW, Call, Clock, rotations
+from triton.errors import TritonError
 
 from fvlm_kernels.testing import check_against_reference
 
-FLUSH_BYTES = 2**30
-COPIES = 3
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, TritonError)
+"""What a peer raises that cannot run a case."""
+SECONDS = 0.1
+"""What the timed calls of one provider and pass may take; fewer are made where a call is slow."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one provider took for one pass: seconds at three percentiles, host seconds a call, peak bytes."""
+    """What one provider took for one pass, in seconds; see :mod:`.clock` for what each means.
+
+    Attributes:
+        p20, p50, p80: percentiles behind a busy GPU.
+        host: for which the host is busy with one call.
+        eager: of one call among many, launched from Python.
+        device: of one call in a recorded graph; ``None`` where it is not recorded.
+        peak: bytes held at most beyond those held before.
+    """
 
     p20: float
     p50: float
     p80: float
     host: float
+    eager: float
+    device: float | None
     peak: int
-
-
-class Clock:
-    """Times single calls on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.is_gpu = device.type == "cuda"
-        self.filler = torch.ones(FLUSH_BYTES // 4, device=device) if self.is_gpu else None
-
-    def sync(self) -> None:
-        """Wait for the device."""
-        if self.is_gpu:
-            torch.cuda.synchronize(self.device)
-
-    def start(self, call: Callable[[], Any]) -> Callable[[], float]:
-        """Run ``call`` once; the answer returns its seconds after :meth:`sync`."""
-        if self.filler is None:
-            begin = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - begin
-            return lambda: seconds
-        self.filler.sum()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        call()
-        last.record()
-        return lambda: first.elapsed_time(last) / 1e3
-
-    def host(self, call: Callable[[], Any], times: int) -> float:
-        """Return the seconds that the host takes to queue one call."""
-        self.sync()
-        begin = time.perf_counter()
-        for _ in range(times):
-            call()
-        seconds = (time.perf_counter() - begin) / times
-        self.sync()
-        return seconds
-
-    def peak(self, call: Callable[[], Any]) -> int:
-        """Return the most bytes that one call holds beyond what was held before."""
-        if not self.is_gpu:
-            return 0
-        self.sync()
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        call()
-        self.sync()
-        return torch.cuda.max_memory_allocated(self.device) - before
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -90,7 +48,7 @@ def check(case: Case, device: torch.device) -> None:
     Raises:
         AssertionError: it breaks the policy; nothing may be timed.
     """
-    ours, reference = case.providers["fvlm"], case.reference
+    ours, reference = case.checked or case.providers["fvlm"], case.reference
     if case.in_place:
         ours, reference = partial(_on_copies, ours), partial(_on_copies, reference)
     check_against_reference(ours, reference, case.make(device), case.wanted)
@@ -105,61 +63,75 @@ def _without_gradient(provider: Provider, inputs: Inputs) -> Any:
         return provider(**inputs)
 
 
-def _differentiate(provider: Provider, given: Inputs, wanted: Sequence[str]) -> Any:
-    """Run both passes of a loss."""
-    return torch.autograd.grad(provider(**given), [given[n] for n in wanted])
+def _outputs(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-def _calls_with_gradient(
-    provider: Provider, copies: list[Inputs], wanted: Sequence[str], writes_inputs: bool, together: bool
-) -> list[Callable[[], Any]]:
-    calls: list[Callable[[], Any]] = []
+def _differentiate(
+    provider: Provider, given: Inputs, wanted: Sequence[str], grads: Sequence[torch.Tensor] | None
+) -> Any:
+    """Run both passes; a loss needs no gradient of its own."""
+    return torch.autograd.grad(_outputs(provider(**given)), [given[n] for n in wanted], grads)
+
+
+def calls_of(case: Case, name: str, mode: str, copies: list[Inputs]) -> list[Call]:
+    """Return one call a set of inputs of one provider's pass; a backward pass is given its forward pass here."""
+    provider = case.providers[name]
+    if mode == "forward":
+        return [partial(_without_gradient, provider, inputs) for inputs in copies]
+    calls: list[Call] = []
     for inputs in copies:
-        given = {n: t.detach().requires_grad_(n in wanted) for n, t in inputs.items()}
-        if writes_inputs:  # which no leaf allows
-            given = {n: t * 1 for n, t in given.items()}
-        if together:
-            calls.append(partial(_differentiate, provider, given, wanted))
+        given = {n: t.detach().requires_grad_(n in case.wanted) for n, t in inputs.items()}
+        if name == "liger":  # it writes to its inputs, which no leaf allows
+            given = {n: t * 1 if t.requires_grad else t for n, t in given.items()}
+        outputs = _outputs(provider(**given))
+        grads = None if outputs[0].dim() == 0 else [torch.randn_like(o) for o in outputs]
+        if mode == "both":
+            calls.append(partial(_differentiate, provider, given, case.wanted, grads))
             continue
-        result = provider(**given)
-        outputs = [result] if isinstance(result, torch.Tensor) else list(result)
-        grads = [torch.randn_like(o) for o in outputs]
-        sources = [given[n] for n in wanted]
+        sources = [given[n] for n in case.wanted]
         calls.append(partial(torch.autograd.grad, outputs, sources, grads, retain_graph=True))
     return calls
 
 
-def measure(case: Case, clock: Clock, mode: str, repeats: int) -> dict[str, Timing]:
+def _time(clock: Clock, calls: list[Call], reads: list[Callable[[], float]], recorded: bool) -> Timing:
+    deciles = quantiles([read() for read in reads], n=10, method="inclusive")
+    typical = deciles[4]
+    host, eager = clock.eager(calls[0], max(2, min(20, int(SECONDS / 3 / max(typical, 1e-6)))))
+    device = clock.replayed(calls) if recorded and typical < RECORD_BELOW else None
+    return Timing(deciles[1], typical, deciles[7], host, eager, device, clock.peak(calls[0]))
+
+
+def measure(case: Case, clock: Clock, mode: str, repeats: int) -> dict[str, Timing | str]:
     """Time one pass of every provider of a case.
 
     Args:
         case: what to run.
         clock: of the device to run on.
         mode: one of the case's passes: ``"forward"``, ``"backward"`` or ``"both"``.
-        repeats: timed calls of each provider.
+        repeats: timed calls of each provider, at most.
 
     Returns:
-        the timings by provider.
+        the timings by provider; for a peer that cannot run the case, why not.
     """
-    copies = [case.make(clock.device) for _ in range(COPIES)]
-    calls = {
-        name: [partial(_without_gradient, provider, inputs) for inputs in copies]
-        if mode == "forward"
-        else _calls_with_gradient(provider, copies, case.wanted, name == "liger", mode == "both")
-        for name, provider in case.providers.items()
-    }
-    for turn in calls.values():
-        for call in turn:
-            call()
-    pending: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
-    for i in range(repeats):
-        for name, turn in calls.items():
-            pending[name].append(clock.start(turn[i % COPIES]))
+    first = case.make(clock.device)
+    count = rotations(sum(t.nbytes for t in first.values())) if clock.is_gpu else 2
+    copies = [first, *(case.make(clock.device) for _ in range(count - 1))]
+    results: dict[str, Timing | str] = {}
+    turns: dict[str, list[Call]] = {}
+    for name in case.providers:
+        try:
+            turns[name] = calls_of(case, name, mode, copies)
+            turns[name][0]()
+        except REFUSALS as reason:
+            if name == "fvlm":
+                raise
+            results[name], _ = f"{type(reason).__name__}: {reason}".splitlines()[0], turns.pop(name, None)
+    slowest = max(clock.once(turn[0]) for turn in turns.values())
+    rounds = max(6, min(repeats, int(SECONDS / slowest))) if clock.is_gpu else repeats
+    pending: dict[str, list[Callable[[], float]]] = {name: [] for name in turns}
+    for i in range(rounds):
+        for name, turn in turns.items():
+            pending[name].append(clock.start(turn[i % len(turn)]))
     clock.sync()
-    timings = {}
-    for name, turn in calls.items():
-        deciles = quantiles([read() for read in pending[name]], n=10, method="inclusive")
-        timings[name] = Timing(
-            deciles[1], deciles[4], deciles[7], clock.host(turn[0], min(repeats, 20)), clock.peak(turn[0])
-        )
-    return timings
+    return results | {name: _time(clock, turn, pending[name], case.recorded) for name, turn in turns.items()}

@@ -59,9 +59,18 @@ def with_residual(norm: Provider) -> Provider:
 
 
 def _cases(
-    op: str, name: str, rows: int, width: int, eager: Provider, theirs: Provider | None, ours: Any, biased: bool
+    op: str,
+    name: str,
+    rows: int,
+    width: int,
+    eager: Provider,
+    ours: Any,
+    *,
+    biased: bool,
+    theirs: Provider | None,
+    their_sum: Provider | None = None,
 ) -> list[Case]:
-    """Return the cases of one norm at one shape."""
+    """Return the cases of one norm at one shape; ``theirs`` is Liger's norm, ``their_sum`` its norm of a sum."""
 
     def make(device: torch.device) -> Inputs:
         tensors = {"x": normal(device, rows, width), "weight": normal(device, width, seed=1)}
@@ -90,27 +99,34 @@ def _cases(
         trained = ["x", "weight", "bias"] if biased else ["x", "weight"]
         cases.append(case(", weight trained", make, alone, trained, 2 * row, 3 * row))
         fused = with_residual(eager)
-        both = present(torch=fused, compile=torch.compile(fused), fvlm=ours)
+        both = present(torch=fused, compile=torch.compile(fused), liger=their_sum, fvlm=ours)
         cases.append(case(", residual", make_residual, both, ["x", "residual"], 4 * row, 4 * row))
     return cases
 
 
 def rms_cases(tiny: bool) -> list[Case]:
     """Return the cases of ``rms_norm``."""
-    fn = liger("liger_rms_norm")
+    fn, fn_of_sum = liger("liger_rms_norm"), liger("liger_fused_add_rms_norm")
     cases = []
     for name, (rows, width, rounding) in RMS.items():
         offset = 1.0 if rounding == "gemma" else 0.0
         theirs = None if fn is None else partial(_liger_rms, fn=fn, offset=offset, rounding=rounding)
+        their_sum = None if fn_of_sum is None else partial(_liger_sum, fn=fn_of_sum, offset=offset, rounding=rounding)
         ours = partial(rms_norm, offset=offset, rounding=rounding)
         eager = hf_gemma if rounding == "gemma" else hf_llama
         m, n = (4, width // 16) if tiny else (rows, width)
-        cases += _cases("rms_norm", name, m, n, eager, theirs, ours, biased=False)
+        cases += _cases("rms_norm", name, m, n, eager, ours, biased=False, theirs=theirs, their_sum=their_sum)
     return cases
 
 
 def _liger_rms(x: torch.Tensor, weight: torch.Tensor, fn: Provider, offset: float, rounding: str) -> Any:
     return fn(x, weight, 1e-6, offset, rounding, False)  # not in place: the backward pass is timed many times over
+
+
+def _liger_sum(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, fn: Provider, offset: float, rounding: str
+) -> Any:
+    return fn(x, residual, weight, 1e-6, offset, rounding, False)
 
 
 def layer_cases(tiny: bool) -> list[Case]:
@@ -120,5 +136,5 @@ def layer_cases(tiny: bool) -> list[Case]:
     cases = []
     for name, (rows, width) in LAYER.items():
         m, n = (4, width // 16) if tiny else (rows, width)
-        cases += _cases("layer_norm", name, m, n, hf_layer, theirs, partial(layer_norm, eps=1e-6), biased=True)
+        cases += _cases("layer_norm", name, m, n, hf_layer, partial(layer_norm, eps=1e-6), biased=True, theirs=theirs)
     return cases

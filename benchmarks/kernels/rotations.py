@@ -1,4 +1,4 @@
-"""Cases of ``rotary`` and ``vision_rotary``."""
+"""Cases of ``rotary``, ``multimodal_rotary`` and ``vision_rotary``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from benchmarks.kernels.case import Case, Inputs, liger, normal, present, size
 
-from fvlm_kernels import rotary, vision_rotary
+from fvlm_kernels import multimodal_rotary, rotary, vision_rotary
 
 TEXT = {  # batch, length, heads, key heads, head width
     "Qwen2-VL-2B text, ocr": (2, 518, 12, 2, 128),
@@ -16,6 +16,7 @@ TEXT = {  # batch, length, heads, key heads, head width
     "Llama-3.2-11B-Vision text": (4, 2048, 32, 8, 128),
     "Gemma 3 4B text": (4, 2048, 8, 4, 256),
 }
+SECTIONS = (16, 24, 24)  # of both Qwen models: frequencies of time, height and width
 VISION = {  # patches, heads, head width
     "Qwen2-VL-2B vision, ocr": (2592, 16, 80),
     "Qwen2-VL-2B vision, doc": (20480, 16, 80),
@@ -72,7 +73,46 @@ def rotary_cases(tiny: bool) -> list[Case]:
                 "rotary", name, make,
                 present(torch=hf_rotary, compile=torch.compile(hf_rotary), liger=theirs, fvlm=rotary),
                 partial(rotary, impl="torch"), ["q", "k"], forward_bytes=moved, backward_bytes=moved,
-                shape={"batch": b, "length": s, "heads": h, "key_heads": hk, "width": d},
+                shape={"rows": b * s, "batch": b, "length": s, "heads": h, "key_heads": hk, "width": d},
+            )
+        )  # fmt: skip
+    return cases
+
+
+def hf_multimodal(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What apply_multimodal_rotary_pos_emb launches."""
+    chosen = [
+        torch.cat([part[i % 3] for i, part in enumerate(table.split(SECTIONS * 2, dim=-1))], dim=-1).unsqueeze(1)
+        for table in (cos, sin)
+    ]
+    return q * chosen[0] + _half(q) * chosen[1], k * chosen[0] + _half(k) * chosen[1]
+
+
+def multimodal_cases(tiny: bool) -> list[Case]:
+    """Return the cases of ``multimodal_rotary``: the text shapes of the Qwen models, positions on three axes."""
+    theirs = liger("liger_qwen2vl_mrope")
+    theirs = theirs and partial(lambda q, k, cos, sin, fn: fn(q, k, cos, sin, list(SECTIONS)), fn=theirs)
+    ours = partial(multimodal_rotary, sections=SECTIONS)
+    cases = []
+    for name, shape in TEXT.items():
+        if not name.startswith("Qwen"):
+            continue
+        b, s, h, hk, d = (1, 4, *shape[2:]) if tiny else shape
+
+        def make(device: torch.device, b: int = b, s: int = s, h: int = h, hk: int = hk, d: int = d) -> Inputs:
+            angles = _angles(device, 3, b, s, d // 2)
+            q, k = normal(device, b, s, h, d).transpose(1, 2), normal(device, b, s, hk, d, seed=1).transpose(1, 2)
+            return {"q": q, "k": k, "cos": angles.cos().bfloat16(), "sin": angles.sin().bfloat16()}
+
+        moved = size(2, b, s, h + hk, d) + size(2, b, s, d)  # of the three tables one value a channel is needed
+        cases.append(
+            Case(
+                "multimodal_rotary", name, make,
+                present(torch=hf_multimodal, compile=torch.compile(hf_multimodal), liger=theirs, fvlm=ours),
+                partial(ours, impl="torch"), ["q", "k"], forward_bytes=moved, backward_bytes=moved,
+                shape={"rows": b * s, "batch": b, "length": s, "heads": h, "key_heads": hk, "width": d},
             )
         )  # fmt: skip
     return cases
@@ -94,7 +134,7 @@ def vision_cases(tiny: bool) -> list[Case]:
                 "vision_rotary", name, make,
                 present(torch=hf_vision, compile=torch.compile(hf_vision), fvlm=vision_rotary),
                 partial(vision_rotary, impl="torch"), ["q", "k"], forward_bytes=moved, backward_bytes=moved,
-                shape={"patches": s, "heads": h, "width": d},
+                shape={"rows": s, "heads": h, "width": d},
             )
         )  # fmt: skip
     return cases

@@ -67,16 +67,28 @@ def _activation_fwd(x: torch.Tensor, act: str) -> torch.Tensor:
 
 def _activation_bwd(dy: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
     dx = x.new_empty(x.shape)
+    _launch_bwd(dy, x, dx, act)
+    return dx
+
+
+def _activation_bwd_(dy: torch.Tensor, x: torch.Tensor, act: str) -> None:
+    _launch_bwd(dy, x, dy, act)
+
+
+def _launch_bwd(dy: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, act: str) -> None:
     (grad, rows), _, n, grid = walk(dy, x)
     strides = grad.stride(0), rows.stride(0)
     launch(_activation_bwd_kernel, grid, grad, rows, dx, *strides, n, ACT=act, BLOCK_N=BLOCK, num_warps=4)
-    return dx
 
 
 _fwd_op = register("activation_fwd(Tensor x, str act) -> Tensor", _activation_fwd, lambda x, act: x.new_empty(x.shape))
 _bwd_op = register(
     "activation_bwd(Tensor dy, Tensor x, str act) -> Tensor", _activation_bwd, lambda dy, x, act: x.new_empty(x.shape)
 )
+_bwd_into_op = register(
+    "activation_bwd_(Tensor(a!) dy, Tensor x, str act) -> ()", _activation_bwd_, lambda dy, x, act: None
+)
+"""dx in the place of dy, which is contiguous and of x's dtype."""
 
 
 class _Activation(torch.autograd.Function):

@@ -88,6 +88,26 @@ def _gated_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dgate = gate.new_empty(gate.shape if need_dgate else 0)
     dup = up.new_empty(up.shape if need_dup else 0)
+    _launch_bwd(dy, gate, up, dgate, dup, act, need_dgate, need_dup)
+    return dgate, dup
+
+
+def _gated_bwd_(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
+    dup = up.new_empty(up.shape)
+    _launch_bwd(dy, gate, up, dy, dup, act, True, True)
+    return dup
+
+
+def _launch_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    act: str,
+    need_dgate: bool,
+    need_dup: bool,
+) -> None:
     (grad, g, u), _, n, grid = walk(dy, gate, up)
     launch(
         _gated_bwd_kernel,
@@ -107,7 +127,6 @@ def _gated_bwd(
         BLOCK_N=BLOCK,
         num_warps=4,
     )
-    return dgate, dup
 
 
 _fwd_op = register(
@@ -122,6 +141,12 @@ _bwd_op = register(
         up.new_empty(up.shape if need_dup else 0),
     ),
 )
+_bwd_into_op = register(
+    "gated_bwd_(Tensor(a!) dy, Tensor gate, Tensor up, str act) -> Tensor dup",
+    _gated_bwd_,
+    lambda dy, gate, up, act: up.new_empty(up.shape),
+)
+"""dgate in the place of dy, which is contiguous and of gate's dtype; dup is returned."""
 
 
 class _Gated(torch.autograd.Function):

@@ -22,14 +22,14 @@ import torch
 from . import lora_steps as steps
 from ._launch import Impl
 from ._library import first_derivative_only
-from .activations import _bwd_op as _activation_bwd
+from .activations import _bwd_into_op as _activation_bwd_
 from .activations import _fwd_op as _activation_fwd
 from .activations import _ref as _activation_ref
-from .gated import _bwd_op as _gated_bwd
+from .gated import _bwd_into_op as _gated_bwd_
 from .gated import _fwd_op as _gated_fwd
 from .lora import check_input, flat, group, needs_of, runs_triton, without_autocast
-from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, dtypes_for
-from .lora_steps import Saved
+from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, Slots, dtypes_for
+from .lora_steps import Needs, Saved
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
 _KERNEL_NAMES = {"gelu": "gelu_erf"}
@@ -63,13 +63,21 @@ def _slope_times(dy: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
 def _activate_backward(
     dh: torch.Tensor, inner: Sequence[torch.Tensor], act: str, triton: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the pre-activations."""
+    """Return the gradients of the pre-activations; the first takes the place of ``dh`` where kernels run."""
+    if not triton:
+        return _slopes_times(dh, inner, act)
     if len(inner) == 1:
-        return ((_activation_bwd if triton else _slope_times)(dh, inner[0], act),)
+        _activation_bwd_(dh, inner[0], act)
+        return (dh,)
+    dup: torch.Tensor = _gated_bwd_(dh, *inner, act)
+    return dh, dup
+
+
+def _slopes_times(dh: torch.Tensor, inner: Sequence[torch.Tensor], act: str) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of the pre-activations in plain PyTorch."""
+    if len(inner) == 1:
+        return (_slope_times(dh, inner[0], act),)
     gate, up = inner
-    if triton:
-        both: tuple[torch.Tensor, ...] = _gated_bwd(dh, gate, up, act, True, True)
-        return both
     return _slope_times(dh * up, gate, act), dh * _function(gate, act)
 
 
@@ -85,20 +93,26 @@ class _MLP(torch.autograd.Function):
         dtypes: Dtypes,
         dropout: bool,
         triton: bool,
+        unread: bool,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
         *first, last = group(settings, tensors)
         inner, products, masks = steps.forward(x, first, dtypes, dropout, triton)
-        h = _activate(inner, act, triton)
-        (y,), last_products, last_masks = steps.forward(h, [last], dtypes, dropout, triton)
-        *needs, last_need = needs_of(ctx.needs_input_grad[6:])
+        last_products: torch.Tensor | None = None
+        last_masks: list[torch.Tensor | None] = [None]
+        if unread:
+            y = inner[0].new_empty(x.shape[0], last[0].shape[0])
+        else:
+            h = _activate(inner, act, triton)
+            (y,), last_products, last_masks = steps.forward(h, [last], dtypes, dropout, triton)
+        *needs, last_need = needs_of(ctx.needs_input_grad[7:])
         kept = (
             x if any(n.a for n in needs) else None,
             products if any(n.b for n in needs) else None,
             last_products if last_need.b else None,
         )
         upstream = ctx.needs_input_grad[0] or any(any(n) for n in needs)
-        pre = inner if upstream or last_need.a else [None] * len(inner)
+        pre = inner if upstream or last_need.a or (unread and last_need.b) else [None] * len(inner)
         ctx.save_for_backward(*kept, *pre, *masks, *last_masks, *tensors)
         ctx.rest = settings, act, dtypes, triton, x.dtype, upstream
         return y
@@ -116,17 +130,39 @@ class _MLP(torch.autograd.Function):
             others[2 * n + 1 :],
         )
         *first, last = group(settings, tensors)
-        *needs, last_need = needs_of(ctx.needs_input_grad[6:])
+        *needs, last_need = needs_of(ctx.needs_input_grad[7:])
         with without_autocast(dy):
-            h = _activate(inner, act, triton) if last_need.a else None
-            saved = Saved(h, last_products, last_masks)
-            dh, last_made = steps.backward([dy], saved, [last], dtypes, [last_need], upstream, triton)
-            if dh is None:
-                return *[None] * (6 + n * TENSORS), *flat(last_made)
+            # h, the largest activation, lives within this call: gone before its gradient takes as much memory again.
+            last_made, last_inner = _last_gradients(
+                dy, inner, Saved(None, last_products, last_masks), last, dtypes, last_need, upstream, act, triton
+            )
+            if not upstream:
+                return *[None] * (7 + n * TENSORS), *flat(last_made)
+            dh = steps.input_gradient([dy], last_inner, last_masks, [last], dtypes, triton)
             grads = _activate_backward(dh.to(dtypes.out), inner, act, triton)
             saved = Saved(x, products, masks)
             dx, made = steps.backward(grads, saved, first, dtypes, needs, ctx.needs_input_grad[0], triton)
-        return None if dx is None else dx.to(dtype), *[None] * 5, *flat(made), *flat(last_made)
+        return None if dx is None else dx.to(dtype), *[None] * 6, *flat(made), *flat(last_made)
+
+
+def _last_gradients(
+    dy: torch.Tensor,
+    inner: Sequence[torch.Tensor],
+    saved: Saved,
+    last: tuple[Settings, Slots],
+    dtypes: Dtypes,
+    need: Needs,
+    need_inner: bool,
+    act: str,
+    triton: bool,
+) -> tuple[list[steps.Gradients], torch.Tensor | None]:
+    """Return the gradients of the last layer, whose input is computed again from the pre-activations."""
+    products_left_out = need.b and saved.products is None
+    if need.a or products_left_out:
+        h = _activate(inner, act, triton)
+        products = steps.input_products(h, [last], dtypes) if products_left_out else saved.products
+        saved = Saved(h, products, saved.masks)
+    return steps.parameter_gradients([dy], saved, [last], dtypes, [need], need_inner)
 
 
 def _check(x: torch.Tensor, first: Sequence[LoRALinear], down: LoRALinear, activation: str) -> None:
@@ -156,6 +192,7 @@ def lora_mlp(
     compute_dtype: torch.dtype | None = None,
     lora_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
+    unread: bool = False,
 ) -> torch.Tensor:
     """Apply an MLP of adapted layers; see the module for maths and what is saved.
 
@@ -169,6 +206,9 @@ def lora_mlp(
         compute_dtype, lora_dtype: as in :func:`.lora_qkv`.
         impl: how weights are dequantized and activations computed: ``"triton"``, ``"torch"``, or ``None`` for Triton on
             a GPU and PyTorch elsewhere. The products are PyTorch's either way.
+        unread: promises that nobody reads the values of the result, only its gradients: a layer that is computed again
+            under gradient checkpointing, whose result is known. They are left uninitialized then and the last product
+            is left out, a third of the work. Where dropout acts the values are computed all the same.
 
     Returns:
         ``(..., out_features of down)``, with the dtype rule of :func:`.lora_qkv`. Gradients go to ``x``, every A, B
@@ -194,5 +234,5 @@ def lora_mlp(
     act = _KERNEL_NAMES.get(activation, activation)
     with without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
-        y: torch.Tensor = _MLP.apply(rows, settings, act, dtypes, dropout, triton, *tensors)
+        y: torch.Tensor = _MLP.apply(rows, settings, act, dtypes, dropout, triton, unread and not dropout, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -166,6 +166,11 @@ class Saved(NamedTuple):
     """for each layer, what its dropout kept"""
 
 
+def input_products(x: torch.Tensor, layers: Layers, dtypes: Dtypes) -> torch.Tensor | None:
+    """Return the products of ``x`` with the stacked A, ``(rows, Σr)``: those of :func:`forward` without dropout."""
+    return x.to(dtypes.lora) @ _stacked(layers, dtypes.lora).t() if adapted(layers) else None
+
+
 def backward(
     grads: Sequence[torch.Tensor],
     saved: Saved,
@@ -188,22 +193,68 @@ def backward(
         the input's gradient, in ``dtypes.base`` or the wider of that and ``dtypes.lora``; and each layer's gradients,
         in the dtypes of what they belong to.
     """
-    dx: torch.Tensor | None = None
-    biases = []
-    for (settings, slots), dy, need in zip(layers, grads, needs, strict=True):
-        if need_dx:
-            wide, weight = dy.to(dtypes.base), base_weight(settings, slots, dtypes.base, triton)
-            dx = wide @ weight if dx is None else dx.addmm_(wide, weight)
-        biases.append(dy.sum(0).to(_given(slots[BIAS]).dtype) if need.bias else None)
+    made, inner = parameter_gradients(grads, saved, layers, dtypes, needs, need_dx)
+    dx = input_gradient(grads, inner, saved.masks, layers, dtypes, triton) if need_dx else None
+    return dx, made
+
+
+def parameter_gradients(
+    grads: Sequence[torch.Tensor],
+    saved: Saved,
+    layers: Layers,
+    dtypes: Dtypes,
+    needs: Sequence[Needs],
+    need_inner: bool,
+) -> tuple[list[Gradients], torch.Tensor | None]:
+    """Return each layer's gradients, and those of the adapters' inner products, which :func:`input_gradient` takes.
+
+    It is a step of its own so that a caller can let the input go before the input's gradient takes its place.
+
+    Args:
+        grads, saved, layers, dtypes, needs: as in :func:`backward`.
+        need_inner: whether the inner products' gradients are wanted where no A asks for them.
+    """
+    pairs = list(zip(layers, grads, needs, strict=True))
+    biases = [dy.sum(0).to(_given(slots[BIAS]).dtype) if need.bias else None for (_, slots), dy, need in pairs]
     if not adapted(layers):
-        return dx, [Gradients(bias) for bias in biases]
+        return [Gradients(bias) for bias in biases], None
     cast = [dy.to(dtypes.lora) for dy in grads]
     second = _gradients_of_b(cast, saved.products, layers, needs)
-    first: list[torch.Tensor | None] = [None] * len(layers)
-    if need_dx or any(need.a for need in needs):
-        step = _with_masks if any(mask is not None for mask in saved.masks) else _stacked_at_once
-        dx, first = step(_inner(cast, layers, dtypes), saved, layers, dtypes, needs, dx)
-    return dx, [Gradients(*g) for g in zip(biases, first, second, strict=True)]
+    need_a = any(need.a for need in needs)
+    inner = _inner(cast, layers, dtypes) if need_inner or need_a else None
+    first = _gradients_of_a(_given(inner), saved, layers, dtypes, needs) if need_a else [None] * len(layers)
+    return [Gradients(*g) for g in zip(biases, first, second, strict=True)], inner
+
+
+def input_gradient(
+    grads: Sequence[torch.Tensor],
+    inner: torch.Tensor | None,
+    masks: Sequence[torch.Tensor | None],
+    layers: Layers,
+    dtypes: Dtypes,
+    triton: bool,
+) -> torch.Tensor:
+    """Return dx of :func:`backward`.
+
+    Args:
+        grads, layers, dtypes, triton: as in :func:`backward`.
+        inner: what :func:`parameter_gradients` returned, ``None`` without any adapter.
+        masks: for each layer, what its dropout kept.
+    """
+    dx: torch.Tensor | None = None
+    for (settings, slots), dy in zip(layers, grads, strict=True):
+        wide, weight = dy.to(dtypes.base), base_weight(settings, slots, dtypes.base, triton)
+        dx = wide @ weight if dx is None else dx.addmm_(wide, weight)
+    total = _given(dx)
+    if inner is None:
+        return total
+    if all(mask is None for mask in masks):
+        return _add(total, inner, _stacked(layers, dtypes.lora))
+    for (settings, slots), rank, mask in zip(layers, _ranks(layers), masks, strict=True):
+        if slots[A] is not None:
+            through = inner[:, rank] @ _given(slots[A]).to(dtypes.lora)
+            total = total + (through if mask is None else _dropped(through, mask, settings.dropout))
+    return total
 
 
 def _gradients_of_b(
@@ -232,47 +283,24 @@ def _inner(grads: Sequence[torch.Tensor], layers: Layers, dtypes: Dtypes) -> tor
     return inner
 
 
-def _add(dx: torch.Tensor | None, inner: torch.Tensor, a: torch.Tensor) -> torch.Tensor | None:
+def _add(dx: torch.Tensor, inner: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Return dx + inner a; in place where the dtypes allow it."""
-    if dx is None or dx.dtype == inner.dtype:
-        return None if dx is None else dx.addmm_(inner, a)
-    return dx + inner @ a
+    return dx.addmm_(inner, a) if dx.dtype == inner.dtype else dx + inner @ a
 
 
-def _stacked_at_once(
-    inner: torch.Tensor,
-    saved: Saved,
-    layers: Layers,
-    dtypes: Dtypes,
-    needs: Sequence[Needs],
-    dx: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Return ``(dx, dA of each layer)`` where all adapters read the same input."""
-    dx = _add(dx, inner, _stacked(layers, dtypes.lora))
-    if not any(need.a for need in needs):
-        return dx, [None] * len(layers)
-    da = inner.t() @ _given(saved.x).to(dtypes.lora)
-    parts = zip(layers, needs, _ranks(layers), strict=True)
-    return dx, [da[rank].to(_given(slots[A]).dtype) if need.a else None for (_, slots), need, rank in parts]
-
-
-def _with_masks(
-    inner: torch.Tensor,
-    saved: Saved,
-    layers: Layers,
-    dtypes: Dtypes,
-    needs: Sequence[Needs],
-    dx: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Return ``(dx, dA of each layer)`` where each adapter reads its own dropped input."""
+def _gradients_of_a(
+    inner: torch.Tensor, saved: Saved, layers: Layers, dtypes: Dtypes, needs: Sequence[Needs]
+) -> list[torch.Tensor | None]:
+    """Return dA = zᵀ drop(x) of each layer that asks for it: in one product where all adapters read the same input."""
+    x, ranks = _given(saved.x).to(dtypes.lora), _ranks(layers)
+    shared = inner.t() @ x if all(mask is None for mask in saved.masks) else None
     made: list[torch.Tensor | None] = []
-    for (settings, slots), need, rank, mask in zip(layers, needs, _ranks(layers), saved.masks, strict=True):
-        a, part, da = slots[A], inner[:, rank], None
-        if a is not None and dx is not None:
-            through = part @ a.to(dtypes.lora)
-            dx = dx + (through if mask is None else _dropped(through, mask, settings.dropout))
-        if a is not None and need.a:
-            x = _given(saved.x).to(dtypes.lora)
-            da = (part.t() @ (x if mask is None else _dropped(x, mask, settings.dropout))).to(a.dtype)
-        made.append(da)
-    return dx, made
+    for (settings, slots), need, rank, mask in zip(layers, needs, ranks, saved.masks, strict=True):
+        if not need.a:
+            made.append(None)
+        elif shared is not None:
+            made.append(shared[rank].to(_given(slots[A]).dtype))
+        else:
+            kept = x if mask is None else _dropped(x, mask, settings.dropout)
+            made.append((inner[:, rank].t() @ kept).to(_given(slots[A]).dtype))
+    return made

@@ -208,11 +208,8 @@ def parameter_gradients(
 ) -> tuple[list[Gradients], torch.Tensor | None]:
     """Return each layer's gradients, and those of the adapters' inner products, which :func:`input_gradient` takes.
 
-    It is a step of its own so that a caller can let the input go before the input's gradient takes its place.
-
-    Args:
-        grads, saved, layers, dtypes, needs: as in :func:`backward`.
-        need_inner: whether the inner products' gradients are wanted where no A asks for them.
+    It is a step of its own so that a caller can let the input go before the input's gradient takes its place. With
+    ``need_inner`` the inner products' gradients are made even where no A asks for them.
     """
     pairs = list(zip(layers, grads, needs, strict=True))
     biases = [dy.sum(0).to(_given(slots[BIAS]).dtype) if need.bias else None for (_, slots), dy, need in pairs]
@@ -234,13 +231,7 @@ def input_gradient(
     dtypes: Dtypes,
     triton: bool,
 ) -> torch.Tensor:
-    """Return dx of :func:`backward`.
-
-    Args:
-        grads, layers, dtypes, triton: as in :func:`backward`.
-        inner: what :func:`parameter_gradients` returned, ``None`` without any adapter.
-        masks: for each layer, what its dropout kept.
-    """
+    """Return dx of :func:`backward`; ``inner`` is what :func:`parameter_gradients` returned, ``masks`` those of dropout."""
     dx: torch.Tensor | None = None
     for (settings, slots), dy in zip(layers, grads, strict=True):
         wide, weight = dy.to(dtypes.base), base_weight(settings, slots, dtypes.base, triton)

@@ -69,10 +69,12 @@ def described(row: dict[str, Any]) -> str:
         if f"{what}_peak_gib" in row
     )
     return (
-        f"{row['name']}: {row['checkpoint_gb']:.1f} GB written in {row['write_s']:.1f} s, loaded in"
-        f" {row['load_s']:.1f} s  step {row['step_s']:.3f} s of {row['tokens_per_batch']} tokens"
-        f"  loss {row['losses'][0]:.3f} → {row['losses'][-1]:.3f}  {row['generated']} tokens in {row['generate_s']:.2f} s{peaks}  {row['fused']},"
-        f" {row['recorded_layers']} recorded"
+        f"{row['name']}: {row['checkpoint_gb']:.1f} GB written in {row['write_s']:.1f} s  "
+        f"loaded in {row['load_s']:.1f} s  "
+        f"step {row['step_s']:.3f} s of {row['tokens_per_batch']} tokens  "
+        f"loss {row['losses'][0]:.3f} → {row['losses'][-1]:.3f}  "
+        f"{row['generated']} tokens in {row['generate_s']:.2f} s{peaks}  "
+        f"{row['fused']}, {row['recorded_layers']} recorded"
     )
 
 

@@ -19,6 +19,7 @@ from fvlm_core.testing import tiny_checkpoint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples/configs"
 ANSWERS = [f"number {row}" for row in range(4)]
+ROWS = {"mix": (12, 2), "stream": (4, 4)}  # to train and to evaluate on, where it is not three and one
 
 
 def named(path: Path) -> tuple[str, str]:
@@ -38,6 +39,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True)
         for row, answer in enumerate(ANSWERS):
             Image.new("RGB", (112, 112), (60 * row, 20, 90)).save(folder / f"{row}.png")
+            if kind == "mix":
+                photos = root / kind / "photos"
+                photos.mkdir(exist_ok=True)
+                Image.new("RGB", (112, 112), (9, 20, 60 * row)).save(photos / f"{row}.png")
+                (photos / f"{row}.txt").write_text(answer, encoding="utf-8")
             if kind == "folder":
                 (folder / f"{row}.txt").write_text(answer, encoding="utf-8")
     rows: list[dict[str, Any]] = [
@@ -54,7 +60,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in rows
     ]
     jsonl = "\n".join(json.dumps({"messages": turn}) for turn in turns)
-    (root / "messages/train.jsonl").write_text(jsonl, encoding="utf-8")
+    for name in ("messages/train", "mix/receipts", "stream/train", "stream/eval"):
+        (root / f"{name}.jsonl").write_text(jsonl, encoding="utf-8")
     prompts = [{**row, "image": row["file"]} for row in rows]
     (root / "prompt/train.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     llava = [
@@ -97,8 +104,9 @@ def test_a_config_is_what_init_writes_and_fits_its_family_and_data(
     monkeypatch.chdir(data / kind)
     config = read_config(path, [f"model.name={base}"])
     found = look(config, Output(quiet=True), show=4, check=0)
-    assert (found.rows, found.eval_rows) == (3, 1)
-    assert found.fates == {"whole": 3, "truncated": 0, "skipped": 0, "refused": 0}
+    rows, aside = ROWS.get(kind, (3, 1))
+    assert (found.rows, found.eval_rows) == (rows, aside)
+    assert found.fates == {"whole": rows, "truncated": 0, "skipped": 0, "refused": 0}
     for shown in found.shown:
         trained = "".join(piece.text for piece in shown.pieces if piece.kind == "trained")
         assert any(answer in trained for answer in ANSWERS)

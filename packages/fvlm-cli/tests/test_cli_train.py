@@ -149,8 +149,9 @@ def test_a_row_that_breaks_in_training_is_named_by_its_file(fvlm, workplace: Pat
     rows[1]["messages"][0]["content"][0]["image"] = "images/torn.png"
     (workplace / "torn.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (workplace / "config.yaml").write_text(CONFIG, encoding="utf-8")
-    settings = ("data.train=torn.jsonl", "data.eval_fraction=null", "save.output_dir=torn")
-    done = fvlm("train", "config.yaml", *settings, cwd=workplace)
-    assert done.returncode == 3, done.stderr
-    assert "torn.jsonl, line 2: the image" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    settings = ("data.train=torn.jsonl", "data.eval_fraction=null", "save.output_dir=torn", "save.overwrite=true")
+    for more in ((), ("train.dataloader_num_workers=1", "data.streaming=true")):  # in this process, and in another
+        done = fvlm("train", "config.yaml", *settings, *more, cwd=workplace)
+        assert done.returncode == 3, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("fvlm: torn.jsonl, line 2: the image")
+        assert "Traceback" not in done.stderr

@@ -47,7 +47,7 @@ def judge(error: BaseException) -> tuple[Exit, str] | None:
 
 def _kind(error: FvlmError) -> Exit:
     causes = list(_causes(error))
-    if isinstance(error, CheckpointError | ExportError) and any(_is_remote(cause) for cause in causes):
+    if isinstance(error, CheckpointError | DataError | ExportError) and any(_is_remote(cause) for cause in causes):
         return Exit.REMOTE
     if isinstance(error, DataError | CheckpointError):
         return Exit.DATA

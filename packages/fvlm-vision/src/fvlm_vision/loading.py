@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import datasets
 from trl import SFTTrainer
 
-from fvlm_core.errors import ConfigError
+from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.pixels import with_pixel_values
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from transformers import TrainingArguments
 
@@ -49,6 +53,19 @@ class Measured:
         return self._counted[rows]
 
 
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Give a `DataError` from a dataloader worker its own words back, which torch buries in the worker's traceback."""
+    try:
+        yield
+    except DataError as error:
+        if not error.reason.startswith("Caught DataError in DataLoader worker"):
+            raise
+        reason = error.reason.rpartition("DataError: ")[2].strip()
+        match = re.match(r"row (\d+): ", reason)
+        raise (DataError(reason) if match is None else DataError(reason[match.end() :], int(match[1]))) from None
+
+
 class LoadingTrainer(SFTTrainer):
     """A `trl.SFTTrainer` whose dataloaders know what a `FastVisionDataCollator` does."""
 
@@ -61,6 +78,24 @@ class LoadingTrainer(SFTTrainer):
         if isinstance(data_collator, FastVisionDataCollator):
             return data_collator.keeping_bytes()
         return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the batches of a step from the dataloader.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        with errors_of_workers():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict over a dataloader.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        with errors_of_workers():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a batch on the device, its pixels as the model takes them."""

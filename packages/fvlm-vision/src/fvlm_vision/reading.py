@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fvlm_core.errors import DataError
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
-from fvlm_vision.rows import NumberedSample
+from fvlm_vision.rows import NumberedSample, PlacedSample
 from fvlm_vision.samples import Conversation, FormattingFunc, read_sample
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Item:
         videos: its videos, the same way.
         row: its row in the dataset, where it carries one.
         place: its number in the batch.
+        name: what messages call it, where it carries that.
     """
 
     rendered: Rendered
@@ -40,11 +41,14 @@ class Item:
     videos: list[Video]
     row: int | None
     place: int
+    name: str | None = None
 
     @property
     def where(self) -> str:
         """What messages call it."""
-        return f"row {self.row}" if self.row is not None else f"sample {self.place} of the batch"
+        if self.row is not None:
+            return f"row {self.row}"
+        return self.name or f"sample {self.place} of the batch"
 
 
 class SampleReader:
@@ -89,13 +93,14 @@ class SampleReader:
             DataError: the sample or one of its images cannot be used.
         """
         row = sample.row if isinstance(sample, NumberedSample) else None
+        name = sample.place if isinstance(sample, PlacedSample) else None
         try:
             conversation, rendered = self.text(sample)
             images = [self.resize.apply(self.images.read(source)) for source in conversation.images]
             videos = [self.videos.read(source) for source in conversation.videos]
         except DataError as error:
-            raise placed(error, row, f"sample {place} of the batch") from error
-        return Item(rendered, images, videos, row, place)
+            raise placed(error, row, name or f"sample {place} of the batch") from error
+        return Item(rendered, images, videos, row, place, name)
 
     def text(self, sample: Any) -> tuple[Conversation, Rendered]:
         """Return a sample's conversation and its text, without opening its media.

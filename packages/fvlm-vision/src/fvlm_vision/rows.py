@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from fvlm_core.errors import ConfigError
 
@@ -22,6 +22,17 @@ class NumberedSample(dict[str, Any]):
 
     def __reduce__(self) -> tuple[type[NumberedSample], tuple[dict[str, Any], int]]:
         return type(self), (dict(self), self.row)
+
+
+class PlacedSample(dict[str, Any]):
+    """A sample that knows what messages should call it ("train.jsonl, line 7"), as the attribute `place`."""
+
+    def __init__(self, sample: Mapping[str, Any], place: str) -> None:
+        super().__init__(sample)
+        self.place = place
+
+    def __reduce__(self) -> tuple[type[PlacedSample], tuple[dict[str, Any], str]]:
+        return type(self), (dict(self), self.place)
 
 
 class NumberedRows(Dataset[Any]):
@@ -60,20 +71,25 @@ def training_rows(dataset: Any, name: str, *, numbered: bool = True) -> Any:
     if dataset is None:
         raise ConfigError(f"{name} is missing; pass a list of samples or a dataset.")
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.decode(False) if dataset.features is not None else dataset
+        return undecoded(dataset)
+    if isinstance(dataset, IterableDataset):
+        return dataset
     if isinstance(dataset, str | dict) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ConfigError(
-            f"{name} is a {type(dataset).__name__}; pass a list of samples, a dataset with a length, or a "
-            "datasets.IterableDataset."
+            f"{name} is a {type(dataset).__name__}; pass a list of samples, a dataset with a length, or an "
+            "IterableDataset of datasets or torch."
         )
     if len(dataset) == 0:
         raise ConfigError(f"{name} is empty; pass at least one sample.")
     if isinstance(dataset, datasets.Dataset):
-        dataset = _undecoded(dataset)
+        dataset = undecoded(dataset)
     return NumberedRows(dataset) if numbered and not isinstance(dataset, NumberedRows) else dataset
 
 
-def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
+def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the dataset with its images left encoded, as bytes and path."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset if dataset.features is None else dataset.decode(False)
     features = dataset.features.copy()
     changed = {name: _without_decoding(feature) for name, feature in features.items()}
     return dataset if changed == dict(features) else dataset.cast(datasets.Features(changed))

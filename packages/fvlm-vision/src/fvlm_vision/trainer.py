@@ -42,7 +42,7 @@ class FastVisionTrainer(SteppingTrainer):
         args: `SFTConfig`, `TrainingArguments` or None; they are copied. Precision and gradient checkpointing follow a
             model that `FastVisionModel` loaded, whatever they say.
         data_collator: None makes a `FastVisionDataCollator`.
-        train_dataset: a list, any sequence, a map-style torch dataset, a `datasets.Dataset` or
+        train_dataset: a list, any sequence, a map-style or iterable torch dataset, a `datasets.Dataset` or
             `datasets.IterableDataset`.
         eval_dataset: the same, or a dict of them.
         processing_class: the processor.
@@ -233,9 +233,11 @@ def _eval_rows(eval_dataset: Any, numbered: bool) -> Any:
 
 
 def _stand_in(rows: Any) -> Any:
-    """Return a `datasets.Dataset` of the same length for trl to look at; a stream is its own."""
+    """Return a `datasets.Dataset` of the same length for trl to look at; for a stream, a stream."""
     if rows is None or isinstance(rows, datasets.IterableDataset):
         return rows
+    if isinstance(rows, torch.utils.data.IterableDataset):
+        return datasets.Dataset.from_dict({"row": [0]}).to_iterable_dataset()
     return datasets.Dataset.from_dict({"row": range(len(rows))})
 
 

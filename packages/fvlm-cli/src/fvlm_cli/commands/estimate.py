@@ -90,7 +90,12 @@ def _from_data(config: TrainConfig, opened: Opened, count: int, out: Output) -> 
     from fvlm_cli.data.read import read_data
     from fvlm_cli.estimate.plan import loads_of
 
-    train, _ = read_data(config.data, config.train.seed, lambda rows, total: track(out, rows, total, "checking rows"))
+    train, _ = read_data(
+        config.data,
+        config.train.seed,
+        lambda rows, total: track(out, rows, total, "checking rows"),
+        streamed=count,
+    )
     return loads_of(config, opened, train[:count])
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "pixtral", "mistral3", "gemma3"]
-Format = Literal["messages", "sharegpt", "prompt", "csv", "parquet", "folder"]
+Format = Literal["messages", "sharegpt", "prompt", "csv", "parquet", "folder", "mix", "stream"]
 
 _PATH = Annotated[Path, typer.Argument(metavar="[CONFIG.yaml]", help="The file to write; it must not exist.")]
 _FAMILY = Annotated[
@@ -23,7 +23,8 @@ _FAMILY = Annotated[
 _DATA = Annotated[
     Format,
     typer.Option(
-        help="messages, sharegpt (LLaVA), prompt (question and answer), csv, parquet, or folder (images with captions)."
+        help="messages, sharegpt (LLaVA), prompt (question and answer), csv, parquet, folder (images with captions), "
+        "mix (several datasets with weights), or stream (read as needed)."
     ),
 ]
 _MODEL = Annotated[str | None, typer.Option(help="Folder or Hub id, instead of the family's usual checkpoint.")]

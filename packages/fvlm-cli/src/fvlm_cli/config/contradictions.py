@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fvlm_cli.config.schema import TrainConfig
+from fvlm_cli.config.schema import SourceSection, TrainConfig
 
 
 def contradictions(config: TrainConfig) -> str | None:
@@ -24,4 +24,24 @@ def contradictions(config: TrainConfig) -> str | None:
         return f"data.resize is {data.resize}; as a list it is [width, height] in pixels."
     if {"max_steps", "num_train_epochs"} <= train.model_fields_set and train.max_steps is not None:
         return "train.max_steps and train.num_train_epochs are both given; leave one of them out."
+    return _of_sources(config)
+
+
+def _of_sources(config: TrainConfig) -> str | None:
+    data = config.data
+    if data.streaming and config.train.max_steps is None:
+        return "data.streaming reads rows that nobody has counted; give train.max_steps instead of epochs."
+    if data.streaming and data.eval_fraction is not None:
+        return "data.eval_fraction needs rows that are counted, and data.streaming counts none; give data.eval."
+    sources = data.train if isinstance(data.train, list) else [data.train]
+    weighted = [isinstance(source, SourceSection) and source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        return f"data.train[{weighted.index(False)}] has no weight and others have; give every dataset one, or none."
+    if "mixing" in data.model_fields_set and not any(weighted):
+        return "data.mixing is given and no dataset of data.train has a weight; give them some: {path: …, weight: 2}."
+    if "shuffle_buffer" in data.model_fields_set and not data.streaming:
+        return "data.shuffle_buffer needs data.streaming: true; without it all rows are shuffled."
+    evaluated = data.eval if isinstance(data.eval, list) else [data.eval]
+    if any(isinstance(source, SourceSection) and source.weight is not None for source in evaluated):
+        return "data.eval has a weight, which is for data.train; leave it out."
     return None

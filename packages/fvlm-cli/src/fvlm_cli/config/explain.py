@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fvlm_cli.config.nearest import hint
-from fvlm_cli.config.schema import TrainConfig
+from fvlm_cli.config.schema import SourceSection, TrainConfig
 
 _COMMAND_LINE = "the command line"
 
@@ -28,12 +28,40 @@ def explain(error: ValidationError, path: str, overridden: set[str], written: An
     key = ".".join(location)
     where = _COMMAND_LINE if any(item == key or item.startswith(f"{key}.") for item in overridden) else path
     section = _section(location[:-1])
+    if (sentence := _of_source(problems, key, where, written)) is not None:
+        return sentence
     if first["type"] == "extra_forbidden" and section is not None:
         prefix = "".join(f"{name}." for name in location[:-1])
         return f"{where}: {key} is not a key of the config; {hint(location[-1], section.model_fields, prefix)}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing; {_meaning(location)}"
     return f"{where}: {key} is {_value(written, location)}: {_wish(problems, location)}; {_meaning(location)}"
+
+
+def _of_source(problems: Sequence[Any], key: str, where: str, written: Any) -> str | None:
+    """Return what is wrong with a dataset that was written with keys of its own, or None where that is not it."""
+    inside = [problem for problem in problems if SourceSection.__name__ in problem["loc"][:-1]]
+    for problem in sorted(inside, key=lambda problem: problem["type"] != "extra_forbidden"):
+        *before, name = problem["loc"]
+        number = next((item for item in before if isinstance(item, int)), None)
+        if not isinstance(_at(written, key, number), Mapping):
+            continue
+        holder = key if number is None else f"{key}[{number}]"
+        if problem["type"] == "extra_forbidden":
+            return f"{where}: {holder}.{name} is not a key of a dataset; {hint(str(name), SourceSection.model_fields)}"
+        if name in SourceSection.model_fields:
+            missing = problem["type"] == "missing"
+            wrong = "is missing" if missing else f"should {_words(problem['msg'])}"
+            return f"{where}: {holder}.{name} {wrong}; it means: {SourceSection.model_fields[name].description}"
+    return None
+
+
+def _at(written: Any, key: str, number: int | None) -> Any:
+    for name in key.split("."):
+        written = written.get(name) if isinstance(written, Mapping) else None
+    if number is None:
+        return written
+    return written[number] if isinstance(written, list) and number < len(written) else None
 
 
 def _keys(location: tuple[int | str, ...]) -> list[str]:
@@ -73,9 +101,14 @@ def _wish(problems: Sequence[Any], keys: Sequence[str]) -> str:
     """Return what a key's value should be, in pydantic's words; each branch of a union has its own."""
     if _section(keys) is not None:
         return "it should be a section"
-    messages = [problem["msg"] for problem in problems if _keys(problem["loc"]) == list(keys)]
-    wishes = [message.removeprefix("Input should be ").removeprefix("Keys should be ") for message in messages]
-    return "it should be " + " or ".join(dict.fromkeys(wishes))
+    messages = [_words(problem["msg"]) for problem in problems if _keys(problem["loc"]) == list(keys)]
+    return "it should " + " or ".join(dict.fromkeys(messages))
+
+
+def _words(message: str) -> str:
+    """Return what pydantic says after "should", in words of the config."""
+    words = message.partition(" should ")[2] or message
+    return words.replace("valid dictionary or instance of SourceSection", "section with a path")
 
 
 def _value(written: Any, keys: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ def read_config(path: str | Path, words: Sequence[str] = ()) -> TrainConfig:
     file = _load(Path(path))
     items = dot_list(words)
     given = _parse(items)
+    _make_way(file, given, {item.partition("=")[0] for item in items})
     try:
         merged = OmegaConf.merge(file, given)
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
@@ -64,6 +65,14 @@ def _load(path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds a list, not a config; its keys are {', '.join(TrainConfig.model_fields)}.")
     return loaded
+
+
+def _make_way(file: DictConfig, given: DictConfig, keys: set[str]) -> None:
+    """Take out of the file what the command line replaces by another kind of value, which OmegaConf cannot merge."""
+    for key in keys:
+        old, new = (OmegaConf.select(config, key, default=None) for config in (file, given))
+        if OmegaConf.is_config(old) and OmegaConf.is_config(new) and OmegaConf.is_dict(old) != OmegaConf.is_dict(new):
+            OmegaConf.update(file, key, None, merge=False)
 
 
 def _parse(items: list[str]) -> DictConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -76,15 +76,49 @@ class LoraSection(Section):
     random_state: int = Field(default=3407, ge=0, description="Seed of the adapters' initial weights.")
 
 
+class SourceSection(Section):
+    """One of several datasets, with what is its own."""
+
+    path: str = Field(min_length=1, description="A file, a folder, or the id of a dataset on the Hub.")
+    weight: float | None = Field(
+        default=None, gt=0, description="Its share of the rows trained on, relative to the other weights."
+    )
+    columns: dict[str, str] | None = Field(default=None, description="Instead of data.columns.")
+    image_folder: str | None = Field(default=None, description="Instead of data.image_folder.")
+    caption_prompt: str | None = Field(default=None, description="Instead of data.caption_prompt.")
+    split: str = Field(default="train", min_length=1, description="Of a dataset on the Hub: train, test[:200], …")
+    subset: str | None = Field(default=None, description="Of a dataset on the Hub that has several: which of them.")
+    revision: str | None = Field(default=None, description="Of a dataset on the Hub: branch, tag or commit.")
+
+
+Name = Annotated[str, Field(min_length=1)]
+Sources = Name | SourceSection | Annotated[list[Name | SourceSection], Field(min_length=1)]
+
+
 class DataSection(Section):
     """What the model is trained on."""
 
-    train: str | list[str] = Field(
-        min_length=1,
-        description="JSONL, JSON, CSV or Parquet files of messages, conversations or prompt + completion; or folders "
-        "of images with captions (a .txt file beside each image, or metadata.jsonl or metadata.csv with file_name).",
+    train: Sources = Field(
+        description="JSONL, JSON, CSV or Parquet files of messages, conversations or prompt + completion; folders of "
+        "images with captions (a .txt file beside each image, or metadata.jsonl or metadata.csv with file_name); ids "
+        "of datasets on the Hub. Each may be {path: …} with weight, columns, image_folder, caption_prompt, split, "
+        "subset or revision of its own.",
     )
-    eval: str | list[str] | None = Field(default=None, description="The same, to evaluate on.")
+    eval: Sources | None = Field(default=None, description="The same, to evaluate on, without weights.")
+    mixing: Literal["oversample", "undersample"] = Field(
+        default="oversample",
+        description="With weights: oversample repeats rows until each dataset has its share and no row is missing; "
+        "undersample leaves rows out until each has its share and no row comes twice.",
+    )
+    streaming: bool = Field(
+        default=False,
+        description="Read rows as they are needed instead of all at the start. Needs train.max_steps.",
+    )
+    shuffle_buffer: int = Field(
+        default=1000,
+        ge=1,
+        description="With streaming: of how many rows the next one is drawn; 1 keeps the order.",
+    )
     eval_fraction: float | None = Field(
         default=None, gt=0, lt=1, description="Or this share of the training rows, by seed."
     )
@@ -99,7 +133,7 @@ class DataSection(Section):
     caption_prompt: str = Field(
         default="Describe this image.", description="What is asked about the images of a folder."
     )
-    limit: int | None = Field(default=None, ge=1, description="Use only the first rows.")
+    limit: int | None = Field(default=None, ge=1, description="Use only so many rows: the first ones.")
     train_on_responses_only: bool = Field(default=False, description="Only the assistant's words are trained.")
     instruction_part: str | None = Field(
         default=None, description="What starts a user turn, where the template marks none."

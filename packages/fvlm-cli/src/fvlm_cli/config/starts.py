@@ -46,6 +46,8 @@ FORMATS: dict[str, Mapping[str, Any]] = {
     "csv": {"train": "train.csv", "columns": {"prompt": "question", "completion": "answer", "image": "file"}},
     "parquet": {"train": "train.parquet"},
     "folder": {"train": "images", "caption_prompt": "Describe this image."},
+    "mix": {"train": [{"path": "receipts.jsonl", "weight": 3.0}, {"path": "photos", "weight": 1.0}]},
+    "stream": {"train": "train.jsonl", "eval": "eval.jsonl", "streaming": True},
 }
 
 WHAT: dict[str, str] = {
@@ -55,4 +57,6 @@ WHAT: dict[str, str] = {
     "csv": "CSV with the columns question, answer and file; data.columns says what is what",
     "parquet": "Parquet with messages, or prompt and completion, and images as datasets writes them",
     "folder": "a folder of images, each with a .txt file of the same name beside it",
+    "mix": "JSONL of messages and a folder of images with captions, three rows of the first for one of the second",
+    "stream": "JSONL of messages, too many to hold: they are read as they are needed",
 }

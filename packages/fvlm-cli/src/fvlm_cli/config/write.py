@@ -34,12 +34,13 @@ def start_config(family: str | None, data: str, model: str | None, train: str | 
         "data": {
             **FORMATS[data],
             **({} if train is None else {"train": train}),
-            "eval_fraction": 0.05,
+            **({} if "eval" in FORMATS[data] else {"eval_fraction": 0.05}),
             **({"train_on_responses_only": True, **parts} if parts else {}),
         },
         "train": {
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 4,
+            **({"max_steps": 1000} if "streaming" in FORMATS[data] else {}),
             "learning_rate": 2e-4,
             "warmup_steps": 5,
         },

@@ -11,9 +11,16 @@ from typing import Any
 from fvlm_cli.data.row import Row
 from fvlm_core.errors import DataError
 
+_PARQUET_ROWS = 64  # rows decoded at a time; their images may be large
+
 
 def read_file(path: Path) -> list[Row]:
-    """Read all rows of a file.
+    """Read all rows of a file, as `iterate_file` yields them."""
+    return list(iterate_file(path))
+
+
+def iterate_file(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file. Only JSON is read as a whole; of the other kinds a little at a time.
 
     Args:
         path: a `.jsonl`, `.json`, `.csv` or `.parquet` file.
@@ -22,17 +29,21 @@ def read_file(path: Path) -> list[Row]:
         DataError: the file is missing, of another kind, damaged, or empty; the message says where.
     """
     reader = READERS.get(path.suffix.lower())
+    if reader is None and not path.exists():
+        raise DataError(f"{path} is not here; check the path.")
     if reader is None:
         raise DataError(f"{path} is not of a kind that can be read; give one of {', '.join(READERS)}, or a folder.")
+    empty = True
     try:
-        rows = list(reader(path))
+        for row in reader(path):
+            empty = False
+            yield row
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path.") from None
-    if not rows:
+    if empty:
         raise DataError(f"{path} holds no rows; give a file that does.")
-    return rows
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -69,12 +80,15 @@ def _csv(path: Path) -> Iterator[Row]:
 def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
+    number = 0
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for sample in batch.to_pylist():
+                    yield Row(sample, f"{path}, row {number}")
+                    number += 1
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a valid Parquet file ({str(error).splitlines()[0]}); write it again.") from None
-    for number, sample in enumerate(table.to_pylist()):
-        yield Row(sample, f"{path}, row {number}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fvlm_cli.data.files import read_file
+from fvlm_cli.data.files import iterate_file
 from fvlm_cli.data.row import Row
 from fvlm_core.errors import DataError
 
@@ -17,8 +17,8 @@ _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", "
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-def read_folder(folder: Path, prompt: str) -> list[Row]:
-    """Read a folder of images with captions, subfolders included, in the order of their names.
+def iterate_folder(folder: Path, prompt: str) -> Iterator[Row]:
+    """Yield the rows of a folder of images with captions, subfolders included, in the order of their names.
 
     Args:
         folder: the folder.
@@ -30,10 +30,12 @@ def read_folder(folder: Path, prompt: str) -> list[Row]:
     listed = [name for name in _METADATA if (folder / name).is_file()]
     if len(listed) > 1:
         raise DataError(f"{folder} has both {' and '.join(listed)}; keep one.")
-    rows = list(_from_metadata(folder / listed[0], prompt) if listed else _from_texts(folder, prompt))
-    if not rows:
+    empty = True
+    for row in _from_metadata(folder / listed[0], prompt) if listed else _from_texts(folder, prompt):
+        empty = False
+        yield row
+    if empty:
         raise DataError(f"{folder} holds no image; give a folder of {', '.join(sorted(_IMAGES))} files with captions.")
-    return rows
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -56,7 +58,7 @@ def _from_texts(folder: Path, prompt: str) -> Iterator[Row]:
 
 
 def _from_metadata(path: Path, prompt: str) -> Iterator[Row]:
-    for row in read_file(path):
+    for row in iterate_file(path):
         name = row.sample.get("file_name")
         caption = row.sample.get("text", row.sample.get("caption"))
         if not isinstance(name, str) or not name:

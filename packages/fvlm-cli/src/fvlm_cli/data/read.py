@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
-from fvlm_cli.config.nearest import hint
 from fvlm_cli.config.schema import DataSection
-from fvlm_cli.data.files import read_file
-from fvlm_cli.data.folder import read_folder
-from fvlm_cli.data.images import check_images, resolve_images
+from fvlm_cli.data.mix import counts, mixed
 from fvlm_cli.data.row import Row
-from fvlm_core.errors import ConfigError, DataError
+from fvlm_cli.data.sources import Source, Unchecked, sources_of
+from fvlm_core.errors import DataError
 
-NAMES = ("messages", "conversations", "prompt", "completion", "images", "image", "videos", "video")
-"""The columns that FVLM knows; see `fvlm_vision.samples`."""
-
-Track = Callable[[Iterable[Row], int], Iterable[Row]]
+Track = Callable[[Iterable[Unchecked], int], Iterable[Unchecked]]
 
 
 def read_data(
-    data: DataSection, seed: int, track: Track, refused: list[DataError] | None = None
+    data: DataSection,
+    seed: int,
+    track: Track,
+    refused: list[DataError] | None = None,
+    *,
+    streamed: int | None = 0,
 ) -> tuple[list[Row], list[Row]]:
     """Read and check everything that a run trains and evaluates on.
 
     Args:
         data: the config's section.
-        seed: chooses the rows that `eval_fraction` sets aside.
+        seed: chooses the rows that `eval_fraction` sets aside, and those that weights repeat or leave out.
         track: passes rows on while it shows progress; it is given their number.
         refused: given, it takes the errors of rows that cannot be used, which are then left out; None: the first such
             row is an error. A file that is damaged as a whole is one either way.
+        streamed: with `data.streaming`, how many rows to read of those that are trained on, in the order of the files;
+            None: all of them.
 
     Returns:
         The rows to train on, and those to evaluate on (none where none are asked for).
@@ -40,76 +41,82 @@ def read_data(
         ConfigError: `columns` names what FVLM does not know.
         DataError: a file, folder, row or image cannot be used; the message says where.
     """
-    for name in data.columns:
-        if name not in NAMES:
-            raise ConfigError(f"data.columns: {name} is no column that FVLM knows; {hint(name, NAMES)}")
-    train = _read(data, data.train, track, refused)
-    if data.eval is not None:
-        return train, _read(data, data.eval, track, refused)
-    return _split(train, data.eval_fraction, seed) if data.eval_fraction is not None else (train, [])
+    sources = sources_of(data, data.train, "data.train")
+    aside = [] if data.eval is None else sources_of(data, data.eval, "data.eval")
+    reader = _Reader(track, refused)
+    if data.streaming:
+        train = [] if streamed == 0 else reader.stream(data, seed, streamed)
+        return train, reader.joined(aside, data.limit)
+    if sources[0].weight is None:
+        train = reader.joined(sources, data.limit)
+        if data.eval_fraction is None:
+            return train, reader.joined(aside, data.limit)
+        chosen = _aside(len(train), data.eval_fraction, seed)
+        return _without(train, chosen), [train[number] for number in sorted(chosen)]
+    parts = reader.parts(sources)
+    evaluate = reader.joined(aside, data.limit)
+    if data.eval_fraction is not None:  # before rows are repeated, so that none is on both sides
+        chosen_of = [_aside(len(part), data.eval_fraction, seed) for part in parts]
+        evaluate = [part[number] for part, chosen in zip(parts, chosen_of, strict=True) for number in sorted(chosen)]
+        parts = [_without(part, chosen) for part, chosen in zip(parts, chosen_of, strict=True)]
+    weights = [source.weight or 0.0 for source in sources]
+    wanted = counts([len(part) for part in parts], weights, data.mixing, data.limit)
+    return mixed(parts, wanted, seed), evaluate
 
 
-def _read(data: DataSection, sources: str | list[str], track: Track, refused: list[DataError] | None) -> list[Row]:
-    rows: list[tuple[Row, Path | None]] = []
-    for source in [sources] if isinstance(sources, str) else sources:
-        rows.extend(_source(data, Path(source).expanduser()))
-    rows = rows[: data.limit]
-    checked: list[Row] = []
-    folders = [folder for _, folder in rows]
-    for row, folder in zip(track([row for row, _ in rows], len(rows)), folders, strict=True):
-        try:
-            checked.append(_checked(row, folder, data.columns))
-        except DataError as error:
-            if refused is None:
-                raise
-            refused.append(error)
-    return checked
+class _Reader:
+    """Reads and checks rows.
+
+    Args:
+        track, refused: as in `read_data`.
+    """
+
+    def __init__(self, track: Track, refused: list[DataError] | None) -> None:
+        self._track = track
+        self._refused = refused
+
+    def joined(self, sources: Sequence[Source], limit: int | None) -> list[Row]:
+        """Return the rows of datasets, one after another."""
+        return self._checked(islice((row for source in sources for row in source.rows()), limit))
+
+    def parts(self, sources: Sequence[Source]) -> list[list[Row]]:
+        """Return the rows of each dataset.
+
+        Raises:
+            DataError: none of a dataset's rows can be used.
+        """
+        parts = [self._checked(source.rows()) for source in sources]
+        for source, part in zip(sources, parts, strict=True):
+            if not part:
+                raise DataError(f"{source.section.path}: none of its rows can be used; leave it out.")
+        return parts
+
+    def stream(self, data: DataSection, seed: int, most: int | None) -> list[Row]:
+        """Return the first rows of a stream."""
+        from fvlm_cli.data.stream import RowStream
+
+        return self._checked(islice(RowStream(data, seed).rows(), most))
+
+    def _checked(self, rows: Iterable[Unchecked]) -> list[Row]:
+        found: list[Row] = []
+        read = list(rows)
+        for row in self._track(read, len(read)):
+            try:
+                found.append(row.checked())
+            except DataError as error:
+                if self._refused is None:
+                    raise
+                self._refused.append(error)
+        return found
 
 
-def _source(data: DataSection, path: Path) -> Iterator[tuple[Row, Path | None]]:
-    """Yield rows with the folder that their images start at; None where that is settled already."""
-    if path.is_dir():
-        for row in read_folder(path, data.caption_prompt):
-            yield row, None
-        return
-    folder = Path(data.image_folder).expanduser() if data.image_folder is not None else path.parent
-    for row in read_file(path):
-        yield row, folder
+def _aside(count: int, fraction: float, seed: int) -> set[int]:
+    """Choose a share of the row numbers, at least one."""
+    chosen = max(1, round(count * fraction))
+    if chosen >= count:
+        raise DataError(f"data.eval_fraction={fraction} of {count} rows leaves none to train on; give more rows.")
+    return set(random.Random(seed).sample(range(count), chosen))
 
 
-def _checked(row: Row, folder: Path | None, columns: dict[str, str]) -> Row:
-    if folder is not None:
-        row = Row(resolve_images(_rename(row, columns), folder), row.place)
-    _check(row)
-    return row
-
-
-def _rename(row: Row, columns: dict[str, str]) -> dict[str, Any]:
-    sample = dict(row.sample)
-    for name, theirs in columns.items():
-        if theirs not in row.sample:
-            raise row.refuse(f"it has no column {theirs}, which data.columns names; {hint(theirs, row.sample)}")
-        sample[name] = row.sample[theirs]
-    return {name: value for name, value in sample.items() if name in columns or name not in columns.values()}
-
-
-def _check(row: Row) -> None:
-    from fvlm_vision.samples import read_sample
-
-    try:
-        conversation = read_sample(row.sample)
-    except DataError as error:
-        raise row.refuse(error.reason) from None
-    check_images(row, conversation.images)
-
-
-def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Set a share of the rows aside, at least one, in the order that they had."""
-    count = max(1, round(len(rows) * fraction))
-    if count >= len(rows):
-        raise DataError(f"data.eval_fraction={fraction} of {len(rows)} rows leaves none to train on; give more rows.")
-    aside = set(random.Random(seed).sample(range(len(rows)), count))
-    return (
-        [row for number, row in enumerate(rows) if number not in aside],
-        [row for number, row in enumerate(rows) if number in aside],
-    )
+def _without(rows: list[Row], numbers: set[int]) -> list[Row]:
+    return [row for number, row in enumerate(rows) if number not in numbers]

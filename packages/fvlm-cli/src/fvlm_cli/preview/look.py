@@ -53,7 +53,8 @@ class Preview:
     """What a run would see.
 
     Attributes:
-        rows, eval_rows: how many can be used.
+        rows, eval_rows: how many can be used; of a stream, of those that were looked at.
+        streamed: whether there may be more rows to train on, which nobody has counted.
         checked: how many of the training rows went through the collator.
         limit: `model.max_seq_length`.
         lengths: tokens of each checked row before any cut.
@@ -69,6 +70,7 @@ class Preview:
     rows: int
     eval_rows: int
     limit: int
+    streamed: bool = False
     checked: int = 0
     lengths: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
@@ -94,7 +96,11 @@ def look(config: TrainConfig, out: Output, *, show: int, check: int) -> Preview:
     """
     refused: list[DataError] = []
     train, evaluate = read_data(
-        config.data, config.train.seed, lambda rows, total: track(out, rows, total, "checking rows"), refused
+        config.data,
+        config.train.seed,
+        lambda rows, total: track(out, rows, total, "checking rows"),
+        refused,
+        streamed=None if check == 0 else max(check, show),
     )
     from fvlm_cli.inspection.opened import open_model
 
@@ -103,7 +109,8 @@ def look(config: TrainConfig, out: Output, *, show: int, check: int) -> Preview:
     vars(opened.skeleton)["max_seq_length"] = model.max_seq_length
     looker = _Looker(config, opened)
     chosen = train if check == 0 else train[: max(check, show)]
-    preview = Preview(len(train), len(evaluate), model.max_seq_length, refused=[str(error) for error in refused])
+    preview = Preview(len(train), len(evaluate), model.max_seq_length, config.data.streaming)
+    preview.refused = [str(error) for error in refused]
     if not out.debug:
         logging.getLogger("fvlm_vision").setLevel(logging.ERROR)  # what is cut or left out is said here, row by row
     for number, row in enumerate(track(out, chosen, len(chosen), "reading rows")):

@@ -13,6 +13,7 @@ def as_data(preview: Preview) -> dict[str, Any]:
     """Return everything but the pictures."""
     return {
         "rows": preview.rows,
+        "streamed": preview.streamed,
         "eval_rows": preview.eval_rows,
         "checked": preview.checked,
         "max_seq_length": preview.limit,

@@ -89,7 +89,8 @@ def _show_lengths(console: Console, preview: Preview) -> None:
 
 def _show_fates(console: Console, preview: Preview) -> None:
     of = "all" if preview.checked == preview.rows else f"the first {preview.checked} of"
-    console.print(f"{of} {preview.rows} rows to train on were checked, {preview.eval_rows} are to evaluate on:")
+    of = f"{of} {preview.rows} rows" if not preview.streamed else f"the first {preview.checked} rows of a stream"
+    console.print(f"{of} to train on were checked, {preview.eval_rows} are to evaluate on:")
     console.print("  " + ", ".join(f"{count} {fate}" for fate, count in preview.fates.items()))
 
 

@@ -99,7 +99,7 @@ def _facts(run: Gathered) -> list[tuple[str, str]]:
         "model": config.get("model.name"),
         "precision": config.get("model.precision") or "4bit, or as stored",
         "steps": record.get("steps"),
-        "rows": f"{record.get('rows')} to train on, {record.get('eval_rows')} to evaluate on",
+        "rows": f"{record.get('rows') or 'a stream'} to train on, {record.get('eval_rows')} to evaluate on",
         "seconds": record.get("seconds"),
         "started": record.get("started"),
         "versions": ", ".join(

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from fvlm_cli.config.schema import LoraSection, ModelSection, TrainConfig
 from fvlm_cli.data.row import Row, locate
+from fvlm_cli.data.stream import RowStream
 from fvlm_cli.training.arguments import TOWERS, training_arguments
 from fvlm_cli.training.collate import build_collator
 from fvlm_cli.training.rates import split_by_tower
@@ -82,11 +83,11 @@ def build_trainer(
     config: TrainConfig,
     model: PreTrainedModel | PeftModel,
     processor: ProcessorMixin,
-    train: list[Row],
+    train: list[Row] | None,
     evaluate: list[Row],
     checkpoints: Path,
 ) -> RunTrainer:
-    """Return the trainer of these rows.
+    """Return the trainer of these rows; None: of those that the config has streamed.
 
     Raises:
         ConfigError: an argument of the data or train section cannot be used.
@@ -97,7 +98,7 @@ def build_trainer(
         model=model,
         processing_class=processor,
         data_collator=build_collator(config.data, model, processor, packing=config.data.packing),
-        train_dataset=[row.sample for row in train],
+        train_dataset=RowStream(config.data, config.train.seed) if train is None else [row.sample for row in train],
         eval_dataset=[row.sample for row in evaluate] or None,
         args=training_arguments(config, checkpoints, bool(evaluate)),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +37,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         FvlmError: the config, the data or the model cannot be used.
     """
     start = time.monotonic()
-    train, evaluate = read_data(config.data, config.train.seed, _tracker(out))
-    out.note(f"{len(train)} rows to train on, {len(evaluate)} to evaluate on")
+    train, evaluate = _read(config, out)
     folder = RunFolder(Path(config.save.output_dir).expanduser())
     checkpoint = _checkpoint(folder, out) if resume else None
     folder.prepare(config, resume)
@@ -47,7 +45,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "output_dir": str(folder.root),
-        "rows": len(train),
+        "rows": None if train is None else len(train),
         "eval_rows": len(evaluate),
         "resumed_from": None if checkpoint is None else str(checkpoint),
         "versions": versions(),
@@ -64,7 +62,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
     answers = Answers(config, model, processor, evaluate, folder.evaluation, out)
     record |= answers.take("before")
-    interrupted = _train(trainer, train, checkpoint, out)
+    interrupted = _train(trainer, train or [], checkpoint, out)
     state = trainer.state
     folder.write_history(state.log_history)
     record |= {"steps": state.global_step, "epochs": state.epoch, **_losses(state.log_history)}
@@ -80,8 +78,17 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     return record
 
 
-def _tracker(out: Output) -> Callable[[Iterable[Row], int], Iterator[Row]]:
-    return lambda rows, total: track(out, rows, total, "checking rows")
+def _read(config: TrainConfig, out: Output) -> tuple[list[Row] | None, list[Row]]:
+    """Return the rows to train on, None where they will be streamed, and those to evaluate on."""
+    data = config.data
+    train, evaluate = read_data(
+        data, config.train.seed, lambda rows, total: track(out, rows, total, "checking rows"), streamed=1
+    )
+    if data.streaming:
+        out.note(f"rows to train on are read as they are needed, {len(evaluate)} to evaluate on")
+        return None, evaluate
+    out.note(f"{len(train)} rows to train on, {len(evaluate)} to evaluate on")
+    return train, evaluate
 
 
 def _checkpoint(folder: RunFolder, out: Output) -> Path:

@@ -7,6 +7,7 @@ import multiprocessing
 import resource
 import shutil
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
-from fvlm_export import save_pretrained_merged
-from fvlm_export.safetensor_file import SafetensorFile
-from fvlm_export.write import write_shards
+from fvlm_export import safetensor_writer, save_pretrained_merged
+from fvlm_export.safetensor_writer import SafetensorWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -140,30 +140,55 @@ def test_overwrite_replaces_the_whole_folder(tools: Any, adapter: Path, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("target", "place", "sentence"),
+    [
+        ("down_proj.weight", 2, "recomputed in fp64"),
+        ("norm.weight", 0, "differs from the base"),
+        ("embed_tokens.weight", -1, "differs from the base"),
+    ],
+)
 def test_what_is_written_wrong_is_not_published(
+    tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, place: int, sentence: str
+) -> None:
+    """One bit flips on the way to the disk: in a merged tensor, and in untouched ones."""
+    real = SafetensorWriter.write
+    damaged: list[str] = []
+
+    def write(self: SafetensorWriter, name: str, pieces: Iterable[memoryview]) -> None:
+        data = bytearray(b"".join(pieces))
+        if name.endswith(target) and not damaged:
+            damaged.append(name)
+            data[place] ^= 0x10
+        real(self, name, [memoryview(data)])
+
+    monkeypatch.setattr(SafetensorWriter, "write", write)
+    with pytest.raises(ExportError, match=f"{target}.*{sentence}"):
+        merge(adapter, tmp_path / "out", tools.checkpoint())
+    assert damaged
+    assert empty(tmp_path)
+
+
+def test_a_header_written_wrong_is_not_published(
     tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Damage each written shard between writing and verifying: in a merged tensor, and in an untouched one."""
-    base = tools.checkpoint()
-    for target, sentence in (("down_proj", "recomputed in fp64"), ("norm", "differs from the base")):
+    real = safetensor_writer._header
+    monkeypatch.setattr(safetensor_writer, "_header", lambda infos: real(infos).replace(b"norm1", b"morn1", 1))
+    with pytest.raises(ExportError, match=r"does not hold .*1.* as planned"):
+        merge(adapter, tmp_path / "out", tools.checkpoint())
+    assert empty(tmp_path)
 
-        def damaged(*args: Any, target: str = target, **kwargs: Any) -> Any:
-            for number, file in write_shards(*args, **kwargs):
-                path = args[2] / file.name
-                tensors = load_file(path)
-                name = next(name for name in tensors if target in name)
-                tensors[name].view(-1)[3] += 0.01
-                order = SafetensorFile(path).infos
-                with path.open("r+b") as out:
-                    out.seek(8 + int.from_bytes(out.read(8), "little"))
-                    for key in order:
-                        out.write(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-                yield number, file
 
-        monkeypatch.setattr("fvlm_export.build.write_shards", damaged)
-        with pytest.raises(ExportError, match=sentence):
-            merge(adapter, tmp_path / "out", base)
-        assert empty(tmp_path)
+def test_nan_in_the_base_does_not_pass(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    torn = edit(
+        tools.checkpoint(), tmp_path / "torn", "model.safetensors", lambda t: t[name].view(-1)[1:2].fill_(torch.nan)
+    )
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    with pytest.raises(ExportError, match=rf"'{name}' holds NaN or infinity, already in the base"):
+        merge(adapter, outputs / "out", torn)
+    assert empty(outputs)
 
 
 def test_a_reload_that_answers_otherwise_is_not_published(

@@ -14,7 +14,8 @@ import pytest
 
 from fvlm_core.errors import ConfigError
 from fvlm_export import read_report, save_pretrained_merged
-from fvlm_export.safetensor_file import SafetensorWriter, sha256_of
+from fvlm_export.safetensor_file import sha256_of
+from fvlm_export.safetensor_writer import SafetensorWriter
 from fvlm_export.work_folder import WorkFolder
 from fvlm_export.write import write_shards
 

@@ -15,7 +15,7 @@ from fvlm_core.errors import CheckpointError, ExportError
 from fvlm_export import quantized
 from fvlm_export.layout import Layout, Slot
 from fvlm_export.remote import Shard
-from fvlm_export.safetensor_file import TensorInfo
+from fvlm_export.safetensor_file import SafetensorFile, TensorInfo
 from fvlm_export.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class Base(Protocol):
 
     def file_of(self, name: str) -> Shard | None:
         """Return the file that holds a stored tensor's very bytes; None: there is none, or it is quantized there."""
+
+    def prefetch(self, slot: Slot) -> None:
+        """Say that a slot's values will be needed soon."""
 
     def release(self, slot: Slot) -> None:
         """Say that a slot's values are no longer needed."""
@@ -129,10 +132,20 @@ class CheckpointBase:
         """See :class:`Base`."""
         return None if name in self.quantized else self._home[name]
 
+    def prefetch(self, slot: Slot) -> None:
+        """See :class:`Base`."""
+        for name in slot.stored:
+            self._home[name].prefetch(name)
+
     def release(self, slot: Slot) -> None:
         """See :class:`Base`."""
         for name in slot.stored:
             self._home[name].release(name)
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether every shard is a file that stays, so that tensors of many may be wanted at once."""
+        return all(isinstance(shard, SafetensorFile) for shard in self.shards)
 
 
 class LiveBase:
@@ -201,6 +214,9 @@ class LiveBase:
     def file_of(self, name: str) -> Shard | None:
         """See :class:`Base`."""
         return None
+
+    def prefetch(self, slot: Slot) -> None:
+        """See :class:`Base`; nothing: it is in memory."""
 
     def release(self, slot: Slot) -> None:
         """See :class:`Base`."""

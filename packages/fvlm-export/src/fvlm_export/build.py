@@ -20,7 +20,7 @@ from fvlm_export.plan import Plan, make_plan
 from fvlm_export.probe import probe
 from fvlm_export.record import MergeReport, versions
 from fvlm_export.resume import Journal, merge_key
-from fvlm_export.safetensor_file import WrittenFile
+from fvlm_export.safetensor_writer import WrittenFile
 from fvlm_export.task import DEQUANTIZED, LIVE, Task
 from fvlm_export.verify import Verifier
 from fvlm_export.work_folder import check_space
@@ -123,17 +123,17 @@ def _write_and_check(
     sink: Callable[[Path, str], None] | None,
 ) -> list[WrittenFile]:
     verifier = Verifier(plan, merger) if options.verify else None
+    base = merger.base
+    ahead = sink is None and not (isinstance(base, CheckpointBase) and not base.at_hand)
     files = []
-    for number, file in write_shards(plan, merger, folder, journal, progress=options.progress):
-        path = folder / file.name
-        if verifier is not None:
-            verifier.check(number, path)
+    for number, file in write_shards(plan, merger, folder, journal, verifier, progress=options.progress, ahead=ahead):
         if sink is not None:
+            path = folder / file.name
             sink(path, file.name)
             path.unlink()
         files.append(file)
-        if isinstance(merger.base, CheckpointBase):
-            merger.base.keep(merger.source_of(item) for shard in plan.shards[number + 1 :] for item in shard)
+        if isinstance(base, CheckpointBase):
+            base.keep(merger.source_of(item) for shard in plan.shards[number + 1 :] for item in shard)
     if verifier is not None:
         verified["weights"] = verifier.result()
     return files

@@ -204,7 +204,7 @@ def merge_rounded(
     if shape != tuple(base.shape) or not shape or any(change.rows(slice(0, 1)) is None for change in changes):
         return merge(base, changes, torch.float32).to(dtype)
     result = torch.empty(shape, dtype=dtype, device=base.device) if out is None else out
-    block = _CPU_BLOCK if base.device.type == "cpu" else _GPU_BLOCK
+    block = _CPU_BLOCK * torch.get_num_threads() if base.device.type == "cpu" else _GPU_BLOCK
     step = max(1, block * shape[0] // max(1, base.numel()))
     for start in range(0, shape[0], step):
         part = slice(start, min(start + step, shape[0]))

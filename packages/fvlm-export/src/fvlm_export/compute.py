@@ -108,9 +108,18 @@ class Merger:
         """Return an item's tensors as they are written, on the CPU; they hold until the call after the next."""
         values = self.values(item)
         if len(item.outputs) == len(item.values):
-            return {name: value.cpu() for name, value in values.items()}
+            return {name: self._on_cpu(value, len(values) == 1) for name, value in values.items()}
         ((name, value),) = values.items()
         return nf4_tensors(name, value.to(self.device))
+
+    def _on_cpu(self, value: torch.Tensor, single: bool) -> torch.Tensor:
+        if value.device.type == "cpu" or not single:
+            return value.cpu()
+        return self._scratch.take(tuple(value.shape), value.dtype).copy_(value)
+
+    def prefetch(self, item: Item) -> None:
+        """Say that an item will be wanted soon."""
+        self.base.prefetch(self.source_of(item))
 
     def source_of(self, item: Item) -> Slot:
         """Return the slot of the base that holds an item's unmerged value."""
@@ -131,5 +140,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity: NaN would be its minimum, infinity an extreme; one fast pass."""
     if not tensor.numel():
         return True
+    if tensor.dtype.itemsize == 1:  # torch finds no extremes of 8-bit floats
+        tensor = tensor.float()
     low, high = tensor.aminmax()
     return math.isfinite(float(low)) and math.isfinite(float(high))

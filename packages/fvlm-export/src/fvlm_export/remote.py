@@ -6,6 +6,7 @@ written, so the disk never holds the whole base.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Safe
 
 from fvlm_core.checkpoint import Source, weight_files
 from fvlm_core.errors import CheckpointError
-from fvlm_export.safetensor_file import SafetensorFile, TensorInfo, torch_dtype
+from fvlm_export.safetensor_file import Buffers, SafetensorFile, TensorInfo, torch_dtype
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -36,8 +37,11 @@ class Shard(Protocol):
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor, on the CPU; do not write to it."""
 
-    def pieces(self, name: str) -> Iterator[memoryview]:
-        """Read a tensor's bytes piece by piece; each holds until the next."""
+    def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
+        """Read a tensor's bytes piece by piece; each holds until the next but one."""
+
+    def prefetch(self, name: str) -> None:
+        """Say that a tensor will be needed soon."""
 
     def release(self, name: str) -> None:
         """Say that a tensor is not needed for now."""
@@ -61,6 +65,7 @@ class RemoteShard:
     def __init__(self, source: Source, name: str, folder: Path) -> None:
         self._source, self._name, self._folder = source, name, folder
         self._file: SafetensorFile | None = None
+        self._lock = threading.Lock()
         api = HfApi(token=source.token)
         try:
             header = api.parse_safetensors_file_metadata(source.name, name, revision=source.revision)
@@ -76,24 +81,31 @@ class RemoteShard:
         return self._folder / self._name
 
     def _fetched(self) -> SafetensorFile:
-        if self._file is None:
-            source = self._source
-            try:
-                path = hf_hub_download(
-                    source.name, self._name, revision=source.revision, token=source.token, local_dir=self._folder
-                )
-            except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError) as error:
-                raise _unreachable(source, self._name, error) from None
-            self._file = SafetensorFile(Path(path))
-        return self._file
+        with self._lock:  # the writer, the reader behind it and the arithmetic may ask at once
+            if self._file is None:
+                self._file = SafetensorFile(self._download())
+            return self._file
+
+    def _download(self) -> Path:
+        source = self._source
+        try:
+            path = hf_hub_download(
+                source.name, self._name, revision=source.revision, token=source.token, local_dir=self._folder
+            )
+        except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError) as error:
+            raise _unreachable(source, self._name, error) from None
+        return Path(path)
 
     def tensor(self, name: str) -> torch.Tensor:
         """See :class:`Shard`."""
         return self._fetched().tensor(name)
 
-    def pieces(self, name: str) -> Iterator[memoryview]:
+    def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
         """See :class:`Shard`."""
-        return self._fetched().pieces(name)
+        return self._fetched().pieces(name, buffers)
+
+    def prefetch(self, name: str) -> None:
+        """See :class:`Shard`; nothing: it is fetched when it is needed, lest too much be on the disk."""
 
     def release(self, name: str) -> None:
         """See :class:`Shard`."""

@@ -16,7 +16,8 @@ import torch
 
 from fvlm_export.changes import Addition, Change, LowRank, Replacement, Rows
 from fvlm_export.plan import Plan
-from fvlm_export.safetensor_file import WrittenFile, as_bytes, sha256_of
+from fvlm_export.safetensor_file import as_bytes, sha256_of
+from fvlm_export.safetensor_writer import WrittenFile
 
 JOURNAL = ".journal.jsonl"
 

@@ -1,8 +1,7 @@
-"""One safetensors file: read by memory map, tensor by tensor; written tensor by tensor, in a known order.
+"""One safetensors file, read by memory map, tensor by tensor.
 
 The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little-endian; the header,
-a JSON object ``{name: {"dtype", "shape", "data_offsets"}}``; then the tensors' bytes. Writing needs no tensor in
-memory but the one being written, because every name, dtype and shape is known before the first byte.
+a JSON object ``{name: {"dtype", "shape", "data_offsets"}}``; then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -11,17 +10,14 @@ import hashlib
 import json
 import math
 import mmap
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from fvlm_core.errors import CheckpointError, ExportError
+from fvlm_core.errors import CheckpointError
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,7 +33,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -79,6 +75,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Buffers:
+    """Two buffers of one size, handed out in turn: what was read last stays while the next is being read."""
+
+    def __init__(self, size: int = 1 << 24) -> None:
+        self._buffers = [memoryview(bytearray(size)), memoryview(bytearray(size))]
+
+    def take(self) -> memoryview:
+        """Return the buffer that was handed out the time before last."""
+        self._buffers.reverse()
+        return self._buffers[0]
+
+
 class SafetensorFile:
     """A safetensors file under a memory map.
 
@@ -115,18 +123,32 @@ class SafetensorFile:
         self.infos[name] = info
         self._spans[name] = (self._start + begin, self._start + end)
 
-    def pieces(self, name: str, size: int = 1 << 24) -> Iterator[memoryview]:
-        """Read a tensor's bytes piece by piece, past the map, into one buffer: each piece holds until the next."""
+    @property
+    def start(self) -> int:
+        """Where the first tensor begins; what stands before it is the header."""
+        return self._start
+
+    def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
+        """Read a tensor's bytes piece by piece, past the map; each piece holds until the next but one."""
         begin, end = self._spans[name]
-        buffer = memoryview(bytearray(min(size, end - begin)))
         with self.path.open("rb", buffering=0) as file:
             file.seek(begin)
             while begin < end:
-                count = file.readinto(buffer[: min(size, end - begin)])
-                if not count:
-                    raise CheckpointError(f"{self.path} was cut while it was read; get the file again.")
-                yield buffer[:count]
-                begin += count
+                buffer, done = buffers.take()[: end - begin], 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise CheckpointError(f"{self.path} was cut while it was read; get the file again.")
+                    done += count
+                yield buffer
+                begin += done
+
+    def prefetch(self, name: str) -> None:
+        """Have the system begin to read a tensor from the disk."""
+        begin, end = self._spans[name]
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > first:
+            self._map.madvise(mmap.MADV_WILLNEED, first, end - first)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor over the map, on the CPU; do not write to it."""
@@ -167,91 +189,3 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, object]], int]:
     except ValueError as error:
         raise CheckpointError(f"{path} has no readable safetensors header; get the file again.") from error
     return size, header, 8 + length
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A finished file: its name in the folder, its size and the SHA-256 of its bytes."""
-
-    name: str
-    size: int
-    sha256: str
-    tensors: tuple[str, ...] = field(default=(), compare=False)
-
-
-class SafetensorWriter:
-    """Writes one safetensors file, tensor by tensor in the order given, hashing as it goes.
-
-    Args:
-        path: where; must not exist.
-        infos: every tensor, in the order in which they will be written.
-
-    Raises:
-        ExportError: a tensor comes out of order or with another size, or the disk is full or read-only.
-    """
-
-    def __init__(self, path: Path, infos: Iterable[TensorInfo]) -> None:
-        self.path = path
-        self._infos = list(infos)
-        self._pending: Iterator[TensorInfo] = iter(self._infos)
-        self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1)
-        self._file: BinaryIO = path.open("xb", buffering=0)
-        self._put(_header(self._infos))
-
-    def __enter__(self) -> SafetensorWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._hasher.shutdown()
-        self._file.close()
-
-    def write(self, name: str, pieces: Iterable[memoryview]) -> None:
-        """Append one tensor's bytes, in one piece or several."""
-        info = next(self._pending, None)
-        written = 0
-        for piece in pieces:
-            self._put(piece)
-            written += piece.nbytes
-        if info is None or info.name != name or info.nbytes != written:
-            raise ExportError(
-                f"tensor {name!r} came to {self.path.name} with {written:,} bytes where {info} was planned; "
-                "this is an error in fvlm_export, please report it."
-            )
-
-    def _put(self, data: memoryview | bytes) -> None:
-        view = memoryview(data).cast("B")
-        hashed = self._hasher.submit(self._hash.update, view)  # both leave the interpreter's lock
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done : done + (1 << 30)]) or 0
-        hashed.result()
-
-    def finish(self) -> WrittenFile:
-        """Close the file and say what it holds."""
-        left = next(self._pending, None)
-        if left is not None:
-            raise ExportError(f"{self.path.name} lacks tensor {left.name!r}; this is an error in fvlm_export.")
-        size = self._file.tell()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return WrittenFile(self.path.name, size, self._hash.hexdigest(), tuple(info.name for info in self._infos))
-
-
-def _header(infos: list[TensorInfo]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for info in infos:
-        if info.dtype not in _NAMES:
-            raise ExportError(
-                f"tensor {info.name!r} has dtype {info.dtype}, which safetensors cannot hold; pass dtype=."
-            )
-        entries[info.name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -1,14 +1,15 @@
 """Proof that what was written is what was meant, before it is announced.
 
-The files are opened anew. Every tensor must be there with its dtype and shape; one that no adapter touches must equal
-the base's byte for byte (or its cast, where a dtype was asked for); one that an adapter touches must be finite, and on
-a sample it must equal the merge recomputed in fp64, to within the one rounding that the output dtype costs.
+The files are opened anew and read back behind their writer (:mod:`fvlm_export.follow`). Every tensor must be there with
+its dtype and shape, and finite; one that no adapter touches must equal the base's byte for byte (or its cast, where a
+dtype was asked for); one that an adapter touches must on a sample equal the merge recomputed in fp64, to within the one
+rounding that the output dtype costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from fvlm_export.changes import Change, merge
 from fvlm_export.compute import Merger, all_finite
 from fvlm_export.plan import Item, Plan
 from fvlm_export.quantized import dequantize
-from fvlm_export.remote import Shard
-from fvlm_export.safetensor_file import SafetensorFile
+from fvlm_export.safetensor_file import Buffers, SafetensorFile, TensorInfo
 
 SAMPLE = 16  # merged tensors recomputed in fp64, spread evenly; every kind of change is among them
 _WHOLE = 1 << 20  # elements; of larger tensors, rows at the beginning, the middle and the end are recomputed
@@ -28,7 +28,7 @@ _NF4 = 0.25  # NF4's relative error (Frobenius) is about 0.1 for normally distri
 
 
 class Verifier:
-    """Checks shards as they are finished.
+    """Checks items as they are read back; several threads may do so at once.
 
     Args:
         plan: what was meant.
@@ -40,46 +40,70 @@ class Verifier:
         self._sampled = _sample([item for item in plan.items if item.changes])
         self._untouched = self._recomputed = self._tensors = 0
         self._worst = {"rounding": 0.0, "nf4": 0.0}
+        self._parameters = merger.base.layout.skeleton.parameters
+        self._lock, self._held = threading.Lock(), threading.local()
 
-    def check(self, number: int, path: Path) -> None:
-        """Check one shard.
+    def check_header(self, number: int, file: SafetensorFile) -> None:
+        """Check that a file has the tensors that were planned for it.
 
         Args:
             number: of the shard in the plan.
-            path: its file.
+            file: opened anew.
 
         Raises:
-            ExportError: something differs; the message names the tensor.
+            ExportError: it has not; the message names the tensor.
         """
-        file = SafetensorFile(path)
-        shard = self._plan.shards[number]
-        wanted = {info.name: info for item in shard for info in item.outputs}
+        wanted = {info.name: info for item in self._plan.shards[number] for info in item.outputs}
         if wanted != file.infos:
             name = next(iter(set(wanted.items()) ^ set(file.infos.items())))[0]
-            raise ExportError(f"{path.name} does not hold {name!r} as planned; the disk may be failing, merge again.")
-        for item in shard:
-            self._check_item(item, file)
-            self._merger.release(item)
-            for info in item.outputs:
-                file.release(info.name)
-        self._tensors += len(wanted)
+            raise ExportError(
+                f"{file.path.name} does not hold {name!r} as planned; the disk may be failing, merge again."
+            )
 
-    def _check_item(self, item: Item, file: SafetensorFile) -> None:
+    def watched(self, item: Item, info: TensorInfo, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        """Hand on a tensor's bytes as they are read back, and check what needs no more than a piece at a time.
+
+        Raises:
+            ExportError: bytes that no adapter touches differ from the base's, or a value is not finite.
+        """
         copied = self._merger.copied_from(item)
         if copied is not None:
-            _check_copied(item.values[0].name, copied, file)
-            self._untouched += 1
+            pieces = _equal(info.name, pieces, copied.pieces(info.name, self._buffers()))
+        # Buffers, and what the model does not load, may well hold infinity
+        if info.dtype.is_floating_point and self._parameters.issuperset(item.slot.params) and item.slot.params:
+            pieces = _finite(info, pieces, of_base=copied is not None)
+        yield from pieces
+
+    def check_item(self, item: Item, file: SafetensorFile) -> None:
+        """Check the rest of an item that is in a file and was watched.
+
+        Raises:
+            ExportError: it is not what was meant.
+        """
+        with self._lock:
+            self._tensors += len(item.outputs)
+        if self._merger.copied_from(item) is not None:
+            self._note(untouched=1)
             return
         params = self._merger.unmerged(item)
         if params is None:
             _check_untouched(item, self._merger, file)
-            self._untouched += 1
-            return
-        _check_finite(item, file)
-        if id(item) in self._sampled:
-            for name, error in _recompute(item, params, self._merger, file).items():
+            self._note(untouched=1)
+        elif id(item) in self._sampled:
+            self._note(recomputed=1, errors=_recompute(item, params, self._merger, file))
+
+    def _note(self, untouched: int = 0, recomputed: int = 0, errors: Mapping[str, float] | None = None) -> None:
+        with self._lock:
+            self._untouched += untouched
+            self._recomputed += recomputed
+            for name, error in (errors or {}).items():
                 self._worst[name] = max(self._worst[name], error)
-            self._recomputed += 1
+
+    def _buffers(self) -> Buffers:
+        """Return this thread's buffers: several files may be read back at once."""
+        if not hasattr(self._held, "buffers"):
+            self._held.buffers = Buffers()
+        return self._held.buffers  # type: ignore[no-any-return]
 
     def result(self) -> dict[str, Any]:
         """Return what was checked and the errors measured, for the report.
@@ -118,10 +142,19 @@ def _written(item: Item, file: SafetensorFile, device: torch.device) -> dict[str
     return {packed.name: value}
 
 
-def _check_copied(name: str, source: Shard, file: SafetensorFile) -> None:
-    for ours, theirs in zip(file.pieces(name), source.pieces(name), strict=True):
-        if not torch.equal(torch.frombuffer(ours, dtype=torch.uint8), torch.frombuffer(theirs, dtype=torch.uint8)):
+def _equal(name: str, ours: Iterable[memoryview], theirs: Iterable[memoryview]) -> Iterator[memoryview]:
+    for piece, wanted in zip(ours, theirs, strict=True):
+        if not torch.equal(torch.frombuffer(piece, dtype=torch.uint8), torch.frombuffer(wanted, dtype=torch.uint8)):
             raise ExportError(f"{name!r} differs from the base though no adapter touches it; merge again.")
+        yield piece
+
+
+def _finite(info: TensorInfo, pieces: Iterable[memoryview], *, of_base: bool) -> Iterator[memoryview]:
+    for piece in pieces:
+        if not all_finite(torch.frombuffer(piece, dtype=info.dtype)):
+            where = "already in the base; get the checkpoint again" if of_base else "as written; merge again"
+            raise ExportError(f"{info.name!r} holds NaN or infinity, {where}.")
+        yield piece
 
 
 def _check_untouched(item: Item, merger: Merger, file: SafetensorFile) -> None:
@@ -138,13 +171,6 @@ def _check_untouched(item: Item, merger: Merger, file: SafetensorFile) -> None:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _check_finite(item: Item, file: SafetensorFile) -> None:
-    for info in item.outputs:
-        tensor = file.tensor(info.name)
-        if info.dtype.is_floating_point and not all_finite(tensor):
-            raise ExportError(f"{info.name!r} was written with NaN or infinity; the disk may be failing, merge again.")
 
 
 def _recompute(item: Item, params: dict[str, torch.Tensor], merger: Merger, file: SafetensorFile) -> dict[str, float]:

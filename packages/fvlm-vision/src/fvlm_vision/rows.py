@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fvlm_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 class NumberedSample(dict[str, Any]):
@@ -53,8 +53,36 @@ class NumberedRows(Dataset[Any]):
         return NumberedSample(sample, index) if isinstance(sample, dict) else sample
 
 
+class StreamedRows(IterableDataset[Any]):
+    """The rows of a `datasets.IterableDataset`; mappings come out as `NumberedSample`, counted as they come.
+
+    Several processes each read the whole stream and take their own rows (accelerate's `IterableDatasetShard`, as for
+    any stream of torch). A `datasets.IterableDataset` of several shards it would deal out shard by shard instead, which
+    are not of one length: a process would end its epoch before the others, and wait for them where they do not come.
+
+    Args:
+        rows: the stream.
+        numbered: whether mappings are numbered. Where several workers of a dataloader read shards of their own, none
+            of them can count, and nothing is numbered.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, numbered: bool = True) -> None:
+        self.rows = rows
+        self.numbered = numbered
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        whole = worker is None or worker.num_workers == 1 or self.rows.num_shards == 1
+        for number, sample in enumerate(self.rows):
+            yield NumberedSample(sample, number) if self.numbered and whole and isinstance(sample, dict) else sample
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as of another epoch, where the stream is shuffled."""
+        self.rows.set_epoch(epoch)
+
+
 def training_rows(dataset: Any, name: str, *, numbered: bool = True) -> Any:
-    """Return what a trainer iterates over: rows of anything with a length, or a stream as it is.
+    """Return what a trainer iterates over: rows of anything with a length, or of a stream.
 
     Images of a `datasets.Dataset` are left encoded, so that the collator decodes them under its own limits and can
     say which row holds a corrupt one.
@@ -71,7 +99,7 @@ def training_rows(dataset: Any, name: str, *, numbered: bool = True) -> Any:
     if dataset is None:
         raise ConfigError(f"{name} is missing; pass a list of samples or a dataset.")
     if isinstance(dataset, datasets.IterableDataset):
-        return undecoded(dataset)
+        return StreamedRows(undecoded(dataset), numbered)
     if isinstance(dataset, IterableDataset):
         return dataset
     if isinstance(dataset, str | dict) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

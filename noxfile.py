@@ -156,6 +156,13 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site into site/, with warnings as errors."""
+    sync(session, "--all-packages", "--group", "docs")
+    session.run("python", "tools/site/build.py")
+
+
+@nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def build(session: nox.Session, package: str) -> None:
     """Build one package's wheel, install it into a fresh environment, import all of it from outside the repository."""
@@ -174,7 +181,8 @@ def build(session: nox.Session, package: str) -> None:
 def resolve(session: nox.Session, *arguments: str) -> None:
     """Install all packages and the test tools, with their dependencies resolved anew, free of the workspace's pins."""
     declared = {line for name in PACKAGES for line in pyproject(folder(name))["project"]["dependencies"]}
-    wanted = [*sorted(line for line in declared if not line.startswith("fvlm-")), *test_tools()]
+    libraries = sorted(line for line in declared if not line.startswith("fvlm-"))
+    wanted = [*libraries, *test_tools(), *nox.project.dependency_groups(pyproject(ROOT), "notebooks")]
     with tempfile.TemporaryDirectory() as work, session.chdir(work):  # in the workspace its constraints would hold
         Path("wanted.in").write_text("\n".join(wanted) + "\n", encoding="utf-8")
         compile_ = ("uv", "pip", "compile", "--quiet", "--no-annotate", f"--python={session.virtualenv.location}")

@@ -88,7 +88,8 @@ def run_page(page: Path, shorter: Mapping[str, str]) -> str:
     printed = io.StringIO()
     for block in blocks(page):
         if block.mark == "file":
-            Path(str(block.value)).write_text(block.text, encoding="utf-8")
+            text = block.text.replace(MODEL, str(shipped_checkpoint()))
+            Path(str(block.value)).write_text(text, encoding="utf-8")
         elif block.runs and block.language == "bash":
             printed.write("".join(run_commands(block.text)))
         elif block.runs:

@@ -51,7 +51,7 @@ def _what_to_tune(printed: str, folder: Path) -> None:
 
 
 def _data_formats(printed: str, folder: Path) -> None:
-    assert printed.count("⟦4821") == 7  # every shape, the folder aside, and the mixture once more
+    assert printed.count("⟦4821") == 5  # one for each shape but the folder
 
 
 def _multi_turn(printed: str, folder: Path) -> None:

@@ -6,8 +6,10 @@ import html
 import importlib
 import re
 import subprocess
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -77,22 +79,28 @@ def test_every_page_is_in_the_sidebar_once() -> None:
     assert "new-page" in listed[-20:]
 
 
-def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field.description or ""
+def sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield every section that a config may hold, with what stands before its keys on the page."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield prefix, kind
+        for name, field in kind.model_fields.items():
+            yield from sections(field.annotation, f"{name}." if kind is TrainConfig else "")
+    for inner in typing.get_args(kind):
+        yield from sections(inner)
 
 
 def test_the_config_page_has_every_key() -> None:
     rows = {line.split(" | ")[0].strip("| "): line for line in config_page().splitlines() if line.startswith("| `")}
-    for key, description in keys():
-        assert description.replace("|", "\\|") in rows[f"`{key}`"]
-    assert len(rows) == len(list(keys()))
+    found = {
+        prefix + name: field for prefix, kind in sections(TrainConfig) for name, field in kind.model_fields.items()
+    }
+    keys = {name: field for name, field in found.items() if name not in TrainConfig.model_fields}
+    assert set(rows) == {f"`{name}`" for name in keys}
+    for name, field in keys.items():
+        assert " ".join((field.description or "?").split()).replace("|", "\\|") in rows[f"`{name}`"]
     assert rows["`lora.r`"] == "| `lora.r` | whole number ≥ 1 | `16` | Rank. |"
     assert "`4bit`, `8bit`, `16bit`, `full` or null | `null`" in rows["`model.precision`"]
-    assert "| text or list of text | required |" in rows["`data.train`"]
+    assert "mapping with the keys of [SourceSection](#sourcesection) | required" in rows["`data.train`"]
 
 
 def test_the_command_page_has_every_verb_and_option() -> None:

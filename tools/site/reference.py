@@ -36,16 +36,22 @@ def config_page() -> str:
         "and `fvlm init` writes a config with these explanations in it. Any key can be given on the command line as "
         "`section.key=value` or `--section.key value`.",
     ]
-    for name, field in schema["properties"].items():
-        section = schema["$defs"][_reference(field)]
-        lines += ["", f"## `{name}`", "", _one_line(section["description"]), ""]
-        lines += ["| key | takes | default | |", "|---|---|---|---|"]
-        required = section.get("required", [])
-        for key, inner in section["properties"].items():
-            default = "required" if key in required else f"`{_yaml(inner.get('default'))}`"
-            cells = (f"`{name}.{key}`", _kind(inner), default, _one_line(inner["description"]))
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    sections = {name: _reference(field) for name, field in schema["properties"].items()}
+    for name, reference in sections.items():
+        lines += _section(f"`{name}`", schema["$defs"][reference], prefix=f"{name}.")
+    for reference in sorted(set(schema["$defs"]) - set(sections.values())):
+        lines += _section(reference, schema["$defs"][reference], prefix="")
     return "\n".join(lines) + "\n"
+
+
+def _section(title: str, section: dict[str, Any], prefix: str) -> list[str]:
+    lines = ["", f"## {title}", "", _one_line(section["description"]), ""]
+    lines += ["| key | takes | default | |", "|---|---|---|---|"]
+    for key, field in section["properties"].items():
+        default = "required" if key in section.get("required", []) else f"`{_yaml(field.get('default'))}`"
+        cells = (f"`{prefix}{key}`", _kind(field), default, _one_line(field["description"]))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
 
 
 def _reference(field: dict[str, Any]) -> str:
@@ -58,6 +64,8 @@ def _kind(field: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(_kind(branch) for branch in field["anyOf"]))
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if "$ref" in field:
+        return f"a mapping with the keys of [{_reference(field)}](#{_reference(field).lower()})"
     if field.get("type") == "array":
         return f"list of {_kind(field['items'])}"
     if field.get("type") == "object":

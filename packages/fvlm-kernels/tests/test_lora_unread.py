@@ -94,6 +94,4 @@ def test_backward_holds_the_hidden_activation_or_its_gradient_not_both():
     torch.cuda.reset_peak_memory_stats()
     y.backward(torch.ones_like(y))
     one_activation = rows * hidden * 2
-    assert (
-        torch.cuda.max_memory_allocated() - before < 1.6 * one_activation
-    )  # and dx
+    assert torch.cuda.max_memory_allocated() - before < 1.6 * one_activation  # and dx

@@ -190,6 +190,27 @@ def test_under_torchrun_each_process_gets_its_own_gpu(monkeypatch):
         choose_device_map("auto")
 
 
+def test_under_torchrun_each_process_enters_its_gpu_and_says_so(monkeypatch, caplog):
+    from fvlm_core.placement import enter_device
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "set_device", entered.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    enter_device({"": 1})
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with caplog.at_level("INFO", "fvlm_core.placement"):
+        for placed in ({"": "cpu"}, {"": torch.device("cpu")}, {"model": 0, "lm_head": 1}, "sequential"):
+            enter_device(placed)
+        assert entered == []
+        assert caplog.messages == []
+        enter_device({"": 1})
+        enter_device({"": torch.device("cuda", 1)})
+    assert entered == [1, 1]
+    assert caplog.messages == ["Process 3 of 4: the whole model goes to cuda:1."] * 2
+
+
 def test_an_id_that_the_hub_does_not_give(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = refused(CheckpointError, "nobody/nothing", revision="v9", local_files_only=True)

@@ -106,5 +106,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     total: Tensor = torch.linalg.vector_norm(torch.stack([g.to(grads[0].device) for g in torch._foreach_norm(grads)]))
     if max_norm != float("inf"):
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        torch._foreach_mul_(grads, scale)
+        for device in {g.device for g in grads}:  # a model may lie on several
+            torch._foreach_mul_([g for g in grads if g.device == device], scale.to(device))
     return total

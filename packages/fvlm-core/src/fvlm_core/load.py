@@ -13,7 +13,7 @@ from fvlm_core.errors import CheckpointError, ConfigError
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
 from fvlm_core.origin import Origin, set_origin
-from fvlm_core.placement import choose_device_map, main_device
+from fvlm_core.placement import choose_device_map, enter_device, main_device
 from fvlm_core.precision import Precision, choose_dtype
 from fvlm_core.quantized import (
     adopt_stored_quantization,
@@ -92,6 +92,7 @@ def load_model(
     graphs = LayerGraphs(memory_budget=memory_budget)
     source = find_source(model_name, revision, token, **hub)
     placed = choose_device_map(device_map)
+    enter_device(placed)
     chosen_dtype = choose_dtype(dtype, main_device(placed))
     stored = stored_precision(read_config(source, trust_remote_code), source.name)
     settled = settle_precision(precision, stored, source.name)
@@ -111,16 +112,7 @@ def load_model(
     model.requires_grad_(settled is Precision.FULL)
     if "attn_implementation" not in options:
         _attend_packed(model)
-    on_gpu = all(p.is_cuda for p in model.parameters())
-    if fused_layers is True or (fused_layers is None and on_gpu):
-        logger.info("%s", fuse_model(model).summary)
-    if on_gpu and fused_layers is not False:
-        use_graphs(model, graphs)
-    elif memory_budget is not None:
-        raise ConfigError(
-            f"memory_budget={memory_budget!r} has nothing to plan: layers keep what they compute only as CUDA graphs, "
-            "which need fused layers and a model that lies on GPUs as a whole; leave it out."
-        )
+    _speed_up(model, fused_layers, graphs, memory_budget)
     origin = Origin(
         source=source.name,
         revision=revision,
@@ -131,6 +123,29 @@ def load_model(
     )
     set_origin(model, origin)
     return model
+
+
+def _speed_up(model: PreTrainedModel, fused_layers: bool | None, graphs: LayerGraphs, budget: float | None) -> None:
+    """Fuse a model's layers and let them be recorded, as asked for and as far as where it lies allows.
+
+    Raises:
+        ConfigError: there is a budget for recordings, and none can be made.
+    """
+    devices = {p.device for p in model.parameters()}
+    on_gpu = all(device.type == "cuda" for device in devices)
+    if fused_layers is True or (fused_layers is None and on_gpu):
+        logger.info("%s", fuse_model(model).summary)
+    if on_gpu and len(devices) == 1 and fused_layers is not False:
+        use_graphs(model, graphs)
+    elif budget is not None:
+        raise ConfigError(
+            f"memory_budget={budget!r} has nothing to plan: layers keep what they compute only as CUDA graphs, "
+            "which need fused layers and a model that lies on one GPU as a whole; leave it out."
+        )
+    elif on_gpu and len(devices) > 1:
+        logger.info(
+            "The model lies on %d GPUs, one after another: its layers are not run as CUDA graphs.", len(devices)
+        )
 
 
 def check_options(kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from fvlm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 _STRATEGIES = ("sequential", "auto", "balanced", "balanced_low_0")
 
@@ -51,6 +54,26 @@ def choose_device_map(device_map: Any) -> Any:
             _check_device(device, device_map)
         return device_map
     return {"": _check_device(device_map, device_map)}
+
+
+def enter_device(placed: Any) -> None:
+    """Make the GPU that a process of several has for itself its current one, and say so.
+
+    torch starts every process on the first GPU: what is allocated without naming a device, by bitsandbytes or by a
+    user's script, would pile up there. Nothing is done in a process that stands alone, or for a model elsewhere.
+
+    Args:
+        placed: what `choose_device_map` returned.
+    """
+    import torch
+
+    device = placed.get("") if isinstance(placed, dict) and len(placed) == 1 else None
+    index = device.index if isinstance(device, torch.device) else device
+    if "LOCAL_RANK" not in os.environ or not isinstance(index, int):
+        return
+    torch.cuda.set_device(index)
+    rank, world = os.environ.get("RANK", os.environ["LOCAL_RANK"]), os.environ.get("WORLD_SIZE", "?")
+    logger.info("Process %s of %s: the whole model goes to cuda:%d.", rank, world, index)
 
 
 def _local_rank() -> int:

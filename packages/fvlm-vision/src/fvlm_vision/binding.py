@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
+
+from fvlm_vision.processes import is_first_process
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
-    from pathlib import Path
 
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def bind_methods(model: PreTrainedModel | PeftModel) -> None:
@@ -33,9 +38,15 @@ def save_pretrained_merged(
     save_method: str = "merged_16bit",
     **options: Any,
 ) -> Path:
-    """Save the model with its adapter merged in; see `fvlm_export.save_pretrained_merged`."""
+    """Save the model with its adapter merged in; see `fvlm_export.save_pretrained_merged`.
+
+    Under torchrun the first process does it. The others return at once and do not wait for it.
+    """
     from fvlm_export import save_pretrained_merged as save
 
+    if not is_first_process():
+        logger.info("The first process of this run saves %s.", output_dir)
+        return Path(output_dir).expanduser().absolute()
     return save(model, output_dir, processor, save_method=save_method, **options)
 
 
@@ -48,9 +59,15 @@ def push_to_hub_merged(
     private: bool | None = None,
     **options: Any,
 ) -> str:
-    """Push the model with its adapter merged in to the Hub; see `fvlm_export.push_to_hub_merged`."""
+    """Push the model with its adapter merged in to the Hub; see `fvlm_export.push_to_hub_merged`.
+
+    Under torchrun the first process does it. The others return ``repo_id`` at once and do not wait for it.
+    """
     from fvlm_export import push_to_hub_merged as push
 
+    if not is_first_process():
+        logger.info("The first process of this run pushes to %s.", repo_id)
+        return repo_id
     return push(model, repo_id, processor, save_method=save_method, token=token, private=private, **options)
 
 

@@ -20,6 +20,7 @@ from fvlm_core.errors import ConfigError
 from fvlm_core.fused import LEARNED_TOKENS
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.overflow import OverflowLog
+from fvlm_vision.processes import NOTHING, counting
 from fvlm_vision.rows import training_rows
 from fvlm_vision.stepping import SteppingTrainer
 from fvlm_vision.training_args import align, own_copy, sequence_limit
@@ -137,9 +138,17 @@ class FastVisionTrainer(SteppingTrainer):
     ) -> Any:
         """Evaluate a batch; one whose samples were all left out counts for nothing."""
         labels = inputs.get("labels")
-        if labels is not None and not bool((labels[:, 1:] != -100).any()):
+        if labels is None or bool((labels[:, 1:] != -100).any()):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.args.world_size == 1:
             return None, None, None
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return torch.full_like(loss, NOTHING), *rest  # the other processes' losses are gathered with it
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a dataset; what is gathered from the processes leaves out batches that count for nothing."""
+        self.gather_function = counting(self.gather_function)  # the loop puts back the accelerator's when it ends
+        return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -151,11 +160,16 @@ class FastVisionTrainer(SteppingTrainer):
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the share of learned tokens that the model said right since the last time."""
+        """Log; a report of the trainer's own has the share of learned tokens that the model said right since the last.
+
+        All processes make such a report together, so that there they can sum what each has counted.
+        """
         mode = self._mode()
-        if self._counts[mode]:
-            counts = self.accelerator.reduce(torch.stack(self._counts.pop(mode)).sum(dim=0), reduction="sum")
-            correct, total = counts.tolist()
+        own = "learning_rate" in logs or any(name.endswith("_runtime") for name in logs)
+        if own and (self._counts[mode] or self.args.world_size > 1):
+            nothing = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+            counts = sum(self._counts.pop(mode, []), start=nothing)
+            correct, total = self.accelerator.reduce(counts, reduction="sum").tolist()
             if total:
                 self._metrics[mode]["mean_token_accuracy"].append(correct / total)
         super().log(logs, start_time)

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from fvlm_core.errors import ConfigError
 from fvlm_core.origin import origin_of
+from fvlm_vision.processes import fit_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -75,6 +76,10 @@ def align(args: SFTConfig, model: PreTrainedModel) -> None:
         args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if origin is not None:
         put("gradient_checkpointing", False)  # the model's own mode stands
+    if on_cpu:
+        vars(args)["_setup_devices"] = torch.device("cpu")  # "cpu:1" of a second process is no place to load to
+    if args.world_size > 1:
+        fit_processes(args, model)
     if args.n_gpu > 1:
         # One process with several GPUs: nn.DataParallel cannot hold quantized or dispatched models.
         args._n_gpu = 1

@@ -1,0 +1,253 @@
+"""Training runs that two processes and one must do alike; run by `test_distributed.py`, alone or under torchrun.
+
+    python scenarios.py CHECKPOINT OUT NAME...
+    python -m torch.distributed.run --standalone --nproc-per-node 2 scenarios.py CHECKPOINT OUT NAME...
+
+Every process writes what it found to OUT/NAME-WORLD-RANK.pt. A process alone takes batches as large as those of all
+processes together.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from trl import SFTConfig
+
+from fvlm_core.checkpointing import graphs_of, use_graphs
+from fvlm_core.graphs import LayerGraphs
+from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
+
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # as conftest.py: one arithmetic on every CPU
+GPU = torch.cuda.is_available()
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+STEPS = 5
+PER_RANK = 2
+_WORDS = ("seven", "pages", "of", "blue", "paper", "and", "one", "stamp")
+
+
+def sample(number: int, *, image: bool = True, words: int | None = None) -> dict[str, Any]:
+    """A conversation; answers are of 1 to 23 words, so that ranks learn very different numbers of tokens."""
+    rng = np.random.default_rng(number)
+    height, width = (int(side) * 28 for side in rng.integers(1, 4, 2))
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": "what is it"}]
+    if image:
+        pixels = rng.integers(0, 255, (height, width, 3), dtype="uint8")
+        blocks.insert(0, {"type": "image", "image": Image.fromarray(pixels)})
+    count = 1 + (number * 7) % 23 if words is None else words
+    answer = " ".join(_WORDS[(number + place) % len(_WORDS)] for place in range(count))
+    return {"messages": [{"role": "user", "content": blocks}, {"role": "assistant", "content": answer}]}
+
+
+def mixed(number: int) -> dict[str, Any]:
+    """Some batches of one rank hold no image while the other's do: rank 1's first, rank 0's second, both's third."""
+    return sample(number, image=number not in (2, 3, 4, 5, 8, 9, 10, 11))
+
+
+def train(
+    checkpoint: Path,
+    scratch: Path,
+    *,
+    rows: list[dict[str, Any]] | None = None,
+    load: dict[str, Any] | None = None,
+    adapt: dict[str, Any] | None = None,
+    collate: dict[str, Any] | None = None,
+    graphs: LayerGraphs | None = None,
+    resume: str | None = None,
+    **settings: Any,
+) -> tuple[FastVisionTrainer, Any]:
+    """Train for a few steps; return the trainer and the processor."""
+    model, processor = FastVisionModel.from_pretrained(checkpoint, **(load or {"load_in_16bit": True}))
+    if graphs is not None:
+        use_graphs(model, graphs)
+    model = FastVisionModel.get_peft_model(model, **{"r": 4, "lora_alpha": 8, **(adapt or {})})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    batch = settings.pop("per_device_train_batch_size", PER_RANK) * (2 if WORLD == 1 else 1)
+    given = {
+        "output_dir": str(scratch),
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "optim": "adamw_torch",
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not GPU,
+        "dataloader_pin_memory": GPU,
+    }
+    evaluate = settings.pop("eval_dataset", None)
+    trainer = FastVisionTrainer(
+        model=model,
+        processing_class=processor,
+        data_collator=FastVisionDataCollator(model, processor, **(collate or {})),
+        train_dataset=rows or [sample(number) for number in range(40)],
+        eval_dataset=evaluate,
+        args=SFTConfig(**{**given, **settings}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, processor
+
+
+def found(trainer: FastVisionTrainer, **more: Any) -> dict[str, Any]:
+    """What the runs are compared by."""
+    history = trainer.state.log_history
+    return {
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "norms": [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry],
+        "accuracies": [entry["mean_token_accuracy"] for entry in history if "loss" in entry],
+        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
+        **more,
+    }
+
+
+def plain(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    return found(train(checkpoint, scratch)[0])
+
+
+def accumulated(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    return found(train(checkpoint, scratch, gradient_accumulation_steps=2, per_device_train_batch_size=1)[0])
+
+
+def packed(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    return found(train(checkpoint, scratch, collate={"packing": True})[0])
+
+
+def frozen(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    trainer, _ = train(checkpoint, scratch, adapt={"finetune_vision_layers": False})
+    return found(trainer, find_unused=trainer.args.ddp_find_unused_parameters)
+
+
+def without_images(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    return found(train(checkpoint, scratch, rows=[mixed(number) for number in range(40)])[0])
+
+
+def without_images_at_all(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    return found(train(checkpoint, scratch, rows=[sample(number, image=False) for number in range(40)])[0])
+
+
+def recorded(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Fused and recorded layers in 4 bit; each rank has another budget for what its layers keep."""
+    graphs = LayerGraphs(rehearse=True, memory_budget=(None, 0.0001)[RANK])
+    trainer, _ = train(
+        checkpoint,
+        scratch,
+        load={"load_in_4bit": True, "fused_layers": True, "device_map": "cpu"},
+        graphs=graphs,
+        adapt={"use_gradient_checkpointing": "auto"},
+        rows=[sample(number % 4) for number in range(40)],
+    )
+    running = graphs_of(trainer.model)
+    kept = sum(layer.kept for kind in running._stages.values() for layer in kind.layers.values())
+    return found(trainer, recorded=running.recorded, replayed=running.replayed, kept=kept)
+
+
+def on_gpus(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """What a user gets on GPUs: 4 bit, fused and recorded layers, flat parameters; rank 1 sees no image at times."""
+    trainer, _ = train(
+        checkpoint,
+        scratch,
+        load={"load_in_4bit": True, "dtype": torch.float32},
+        adapt={"use_gradient_checkpointing": "auto" if RANK else "offload"},
+        rows=[mixed(number) for number in range(4)] * 10,
+        max_steps=8,
+    )
+    running = graphs_of(trainer.model)
+    devices = sorted({p.device.index for p in trainer.model.parameters()})
+    flat = trainer._flat is not None
+    return found(trainer, recorded=running.recorded, replayed=running.replayed, devices=devices, flat=flat)
+
+
+def skipped(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Samples over the limit are left out: all of rank 1's in the second step and in the evaluation's first batch."""
+    rows = [sample(number, words=200 if number in (6, 7) else None) for number in range(40)]
+    # One process: rows 0 and 1, then 6 and 7. Two: rank 0 has 0 and 1, then nothing; rank 1 nothing, then 6 and 7.
+    evaluation = [sample(number, words=200 if number in (2, 3, 4, 5) else 4) for number in range(8)]
+    trainer, _ = train(
+        checkpoint,
+        scratch,
+        rows=rows,
+        collate={"max_seq_length": 120, "overflow": "skip"},
+        eval_dataset=evaluation,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    return found(
+        trainer, eval_losses=[entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    )
+
+
+def streamed(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Rows and evaluation rows as streams: every process reads its own, whatever accelerate's default is."""
+    rows, evaluation = (datasets.IterableDataset.from_generator(generate, gen_kwargs={"count": n}) for n in (40, 8))
+    trainer, _ = train(checkpoint, scratch, rows=rows, eval_dataset=evaluation, eval_strategy="steps", eval_steps=2)
+    return found(
+        trainer, eval_losses=[entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    )
+
+
+def generate(count: int) -> Any:
+    """Rows of a stream, whose pictures are PNG files in memory."""
+    for number in range(count):
+        row = sample(number)
+        row["messages"][1]["content"] = "seven pages"  # as many tokens in all: a loss is the mean of batches' means
+        for block in row["messages"][0]["content"]:
+            if "image" in block:
+                file = io.BytesIO()
+                block["image"].save(file, "PNG")
+                block["image"] = {"bytes": file.getvalue()}
+        yield {"row": number, "messages": row["messages"]}
+
+
+def grouped(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Rows grouped by length: the processes must agree on the order, and see every row once."""
+    rows = [sample(number) for number in range(16)]
+    trainer, _ = train(checkpoint, scratch, rows=rows, train_sampling_strategy="group_by_length", max_steps=4)
+    order = list(trainer._get_train_sampler())
+    return found(trainer, order=order)
+
+
+def resumed(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    train(checkpoint, scratch, save_strategy="steps", save_steps=3, max_steps=3)
+    trainer, _ = train(checkpoint, scratch, resume=str(scratch / "checkpoint-3"))
+    files = sorted(path.name for path in (scratch / "checkpoint-3").iterdir())
+    return found(trainer, files=files)
+
+
+def merged(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Every process asks for the merged model; one writes it."""
+    trainer, processor = train(checkpoint, scratch, max_steps=2)
+    path = trainer.model.save_pretrained_merged(scratch / "merged", processor)
+    trainer.accelerator.wait_for_everyone()
+    return found(trainer, path=str(path), files=sorted(file.name for file in path.iterdir()))
+
+
+def main(arguments: list[str]) -> None:
+    checkpoint, out, *names = arguments
+    for name in names:
+        scratch = Path(out) / f"{name}-{WORLD}"
+        result = globals()[name](Path(checkpoint), scratch)
+        torch.save(result, Path(out) / f"{name}-{WORLD}-{RANK}.pt")
+        print(f"{name} done by {RANK} of {WORLD}", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""What settings become where there are several processes, without starting any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trl import SFTConfig
+
+from fvlm_core.errors import ConfigError
+from fvlm_vision.binding import push_to_hub_merged, save_pretrained_merged
+from fvlm_vision.processes import NOTHING, counting, fit_processes
+
+
+@pytest.fixture
+def args(tmp_path):
+    return SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+
+
+def test_defaults_of_several_processes(args):
+    fit_processes(args, torch.nn.Linear(2, 2))
+    assert args.accelerator_config.dispatch_batches is False
+    assert args.ddp_find_unused_parameters is True
+    assert args.ddp_broadcast_buffers is False
+    fit_processes(args, torch.nn.Linear(2, 2))  # twice is as once
+
+
+def test_what_the_user_chose_stands(args):
+    args.ddp_find_unused_parameters, args.ddp_broadcast_buffers = False, True
+    fit_processes(args, torch.nn.Linear(2, 2))
+    assert (args.ddp_find_unused_parameters, args.ddp_broadcast_buffers) == (False, True)
+
+
+def test_running_statistics_are_sent_around(args):
+    fit_processes(args, torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
+    assert args.ddp_broadcast_buffers is True
+
+
+def test_batches_are_not_cut_by_rows(args):
+    args.accelerator_config.dispatch_batches = True
+    with pytest.raises(ConfigError, match="dispatch_batches=True"):
+        fit_processes(args, torch.nn.Linear(2, 2))
+
+
+def test_a_model_on_several_devices_is_refused(args):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ConfigError, match="the model lies on cpu, meta"):
+        fit_processes(args, model)
+
+
+def test_only_batches_with_nothing_to_learn_are_left_out():
+    losses = torch.tensor([1.0, NOTHING, float("nan"), 2.0])
+    kept = counting(lambda values: values)(losses)
+    assert kept[[0, 2]].tolist() == [1.0, 2.0]
+    assert kept.isnan().tolist() == [False, True, False]
+    logits = torch.full((2, 3), NOTHING)
+    assert torch.equal(counting(lambda values: values)(logits), logits)
+
+
+def test_another_process_than_the_first_neither_merges_nor_pushes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert save_pretrained_merged(object(), tmp_path / "merged") == tmp_path / "merged"  # no model, and no complaint
+    assert not (tmp_path / "merged").exists()
+    assert push_to_hub_merged(object(), "somebody/model") == "somebody/model"

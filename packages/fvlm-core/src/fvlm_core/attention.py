@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from fvlm_core.passes import kept_attention
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -68,6 +70,9 @@ def varlen_attention_forward(
     count = cu_seq_lens_q.numel() - 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept = None if dropout else kept_attention(q, k, v, causal=is_causal, scale=scaling)
+        if kept is not None:
+            return kept
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
 
     if count * max_length_q == total:

@@ -4,9 +4,10 @@
 |---|---|---|
 | ``False`` | everything it computed | device |
 | ``True`` | what went into it | device |
-| ``"offload"``, ``"unsloth"`` | what went into it | pinned host memory |
+| ``"offload"``, ``"unsloth"`` | what went into it, and what long attention gave | pinned host memory |
 | ``"auto"`` | everything, as far as there is room; the other layers as with ``"offload"`` | device |
 
+The result of attention over thousands of tokens is kept where layers run as CUDA graphs (`fvlm_core.passes`).
 ``"auto"`` needs layers that run as CUDA graphs (`fvlm_core.graphs`): there it is known before a step what each of them
 keeps. Elsewhere it is ``"offload"``, and says so.
 
@@ -18,7 +19,6 @@ costs its forward pass only. Recomputation is non-reentrant, so a frozen embeddi
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from types import MethodType
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fvlm_core.errors import ConfigError
 from fvlm_core.graphs import LayerGraphs, module_of
-from fvlm_core.offload import offloaded
+from fvlm_core.offload import all_offloaded, offloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ class Recompute:
         if not torch.is_grad_enabled():
             return layer(*args)
         if self.graphs is not None:
-            out = self.graphs.run(layer, args, partial(offloaded, args[0]) if self.offload and args else nullcontext)
+            out = self.graphs.run(layer, args, all_offloaded if self.offload else None)
             if out is not None:
                 return out
         if not _carries_gradient(layer, args):

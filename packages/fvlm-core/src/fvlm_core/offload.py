@@ -30,6 +30,7 @@ class _OnHost:
     before: weakref.ref[_OnHost] | None  # what was copied last before it, and is wanted next after it
     back: torch.Tensor | None = None  # on the device again
     back_ready: torch.cuda.Event | None = None
+    used: bool = False  # the backward pass has had it
 
     def fetch(self) -> None:
         """Start the way back."""
@@ -57,7 +58,7 @@ def offloaded(tensor: torch.Tensor, min_bytes: int = MIN_BYTES) -> saved_tensors
         tensor: any shape and dtype; its strides are kept where it is dense.
         min_bytes: the least size worth a copy.
     """
-    worth = tensor.is_cuda and tensor.is_floating_point() and tensor.numel() * tensor.element_size() >= min_bytes
+    worth = _worth(tensor, min_bytes)
     address, shape = tensor.data_ptr(), tensor.shape
 
     def pack(saved: torch.Tensor) -> torch.Tensor | _OnHost:
@@ -65,8 +66,20 @@ def offloaded(tensor: torch.Tensor, min_bytes: int = MIN_BYTES) -> saved_tensors
             return _to_host(saved)
         return saved
 
-    unpack: Callable[[torch.Tensor | _OnHost], torch.Tensor] = _to_device
-    return saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(pack, _UNPACK)
+
+
+def all_offloaded(min_bytes: int = MIN_BYTES) -> saved_tensors_hooks:
+    """A context in which every tensor that autograd saves waits in pinned host memory, if it is worth a copy.
+
+    Args:
+        min_bytes: the least size worth a copy; integers and tensors that are not on a CUDA device never are.
+    """
+    return saved_tensors_hooks(lambda saved: _to_host(saved) if _worth(saved, min_bytes) else saved, _UNPACK)
+
+
+def _worth(tensor: torch.Tensor, min_bytes: int) -> bool:
+    return tensor.is_cuda and tensor.is_floating_point() and tensor.numel() * tensor.element_size() >= min_bytes
 
 
 @cache
@@ -99,7 +112,22 @@ def _to_device(packed: torch.Tensor | _OnHost) -> torch.Tensor:
     stream.wait_event(ready)
     back.record_stream(stream)
     packed.back = packed.back_ready = None  # a second backward pass over the same graph fetches it anew
-    earlier = None if packed.before is None else packed.before()
-    if earlier is not None:
-        earlier.fetch()
+    packed.used = True
+    _fetch_next(packed)
     return back
+
+
+def _fetch_next(packed: _OnHost) -> None:
+    """Start the way back of one tensor that is wanted next: of as many as the layer has, each calls for one more."""
+    earlier = packed
+    while earlier.before is not None:
+        found = earlier.before()
+        if found is None:
+            return
+        earlier = found
+        if not earlier.used and earlier.back is None:
+            earlier.fetch()
+            return
+
+
+_UNPACK: Callable[[torch.Tensor | _OnHost], torch.Tensor] = _to_device

@@ -7,6 +7,7 @@ Triton on a GPU and plain PyTorch elsewhere, ``impl="torch"`` and ``impl="triton
 from ._losses import LossStats
 from .activations import gelu, quick_gelu
 from .adamw import adamw_flat_
+from .attention_residuals import AttentionResiduals, attention_from_residuals, attention_with_residuals
 from .cross_entropy import cross_entropy
 from .gated import geglu, swiglu
 from .int8 import Int8Weight, dequantize_int8
@@ -26,12 +27,15 @@ from .rotary import rotary, vision_rotary
 from .varlen_attention import varlen_attention
 
 __all__ = [
+    "AttentionResiduals",
     "Int8Weight",
     "LoRALinear",
     "LossStats",
     "NF4Weight",
     "__version__",
     "adamw_flat_",
+    "attention_from_residuals",
+    "attention_with_residuals",
     "cross_entropy",
     "dequantize_int8",
     "dequantize_nf4",

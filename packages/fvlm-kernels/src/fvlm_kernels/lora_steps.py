@@ -231,7 +231,7 @@ def input_gradient(
     dtypes: Dtypes,
     triton: bool,
 ) -> torch.Tensor:
-    """Return dx of :func:`backward`; ``inner`` is what :func:`parameter_gradients` returned, ``masks`` those of dropout."""
+    """Return dx of :func:`backward`, given what :func:`parameter_gradients` returned and the masks of dropout."""
     dx: torch.Tensor | None = None
     for (settings, slots), dy in zip(layers, grads, strict=True):
         wide, weight = dy.to(dtypes.base), base_weight(settings, slots, dtypes.base, triton)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fvlm_core.fused.norms import add_and_normalize, normalized
+from fvlm_core.passes import add_last
 
 CROSS_ATTENTION_ALONE = ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
 """Arguments that Llama 3.2 Vision hands to every text layer, and that its layers of self-attention do not read."""
@@ -23,8 +24,7 @@ def decoder_layer_forward(module: Any, hidden_states: Tensor, **kwargs: Any) -> 
         kwargs.pop(name, None)
     attended, _ = module.self_attn(hidden_states=normalized(module.input_layernorm, hidden_states), **kwargs)
     normed, residual = add_and_normalize(module.post_attention_layernorm, attended, hidden_states)
-    out: Tensor = module.mlp(normed)
-    return residual + out
+    return add_last(residual, module.mlp, normed)
 
 
 def sandwich_layer_forward(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -110,7 +110,9 @@ def tower_block_forward(
     first, attention, second, mlp = (module._modules[name] for name in names)
     attended, _ = attention(normalized(first, x), attention_mask=attention_mask, **kwargs)
     normed, residual = add_and_normalize(second, _gated(module, "gate_attn", attended), x)
-    return residual + _gated(module, "gate_ffn", mlp(normed))
+    if "gate_ffn" in module._parameters:
+        return residual + _gated(module, "gate_ffn", mlp(normed))
+    return add_last(residual, mlp, normed)
 
 
 def tower_block_unfit(module: nn.Module) -> str | None:
@@ -139,5 +141,4 @@ def vision_block_forward(
         **kwargs,
     )
     normed, residual = add_and_normalize(module.norm2, attended, hidden_states)
-    out: Tensor = module.mlp(normed)
-    return residual + out
+    return add_last(residual, module.mlp, normed)

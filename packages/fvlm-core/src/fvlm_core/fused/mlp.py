@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fvlm_core.fused.adapted import is_decoding, together
+from fvlm_core.passes import result_is_unread
 from fvlm_kernels import lora_mlp
 from fvlm_kernels.lora_mlp import Activation
 
@@ -82,4 +83,5 @@ def _fused(x: Tensor, module: nn.Module, linears: tuple[nn.Module, ...], act: nn
         activation=name,
         training=module.training,
         compute_dtype=compute_dtype,
+        unread=result_is_unread(),
     )

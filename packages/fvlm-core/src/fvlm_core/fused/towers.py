@@ -12,8 +12,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fvlm_core.attention import varlen_attention_forward
 from fvlm_core.fused.adapted import project
-from fvlm_core.fused.attention import attend, dropout_of
+from fvlm_core.fused.attention import attend, dropout_of, setting
 from fvlm_core.fused.kinds import kind_of
+from fvlm_core.passes import kept_attention
 from fvlm_kernels import rotary
 
 
@@ -54,7 +55,10 @@ def tower_attention_forward(
         q, k = rotary(q, k, *position_embeddings)
     dropout = dropout_of(module)
     weights: Any = None
-    if segments is None:
+    known = _kept(module, q, k, v, dropout) if segments is None and attention_mask is None else None
+    if known is not None:
+        out = known.transpose(1, 2)
+    elif segments is None:
         out, weights = attend(module, q, k, v, attention_mask, dropout=dropout, **kwargs)
     else:
         out, _ = varlen_attention_forward(
@@ -63,6 +67,12 @@ def tower_attention_forward(
     last = module.out_proj if "out_proj" in module._modules else module.o_proj
     (out,) = project(out.reshape(*hidden_states.shape[:-1], -1).contiguous(), (last,), module.training)
     return out, weights
+
+
+def _kept(module: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor | None:
+    if dropout or module.config._attn_implementation != "sdpa":
+        return None
+    return kept_attention(q, k, v, causal=False, scale=setting(module, ("scaling", "scale")))
 
 
 def checkpointed_encoder_forward(

@@ -13,7 +13,8 @@ from fvlm_core.fused.adapted import Adapted, substituted
 from fvlm_core.graphs.stage import Stage
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import Recorder, Tape
-from fvlm_kernels import LoRALinear
+from fvlm_core.passes import LayerPass, running
+from fvlm_kernels import AttentionResiduals, LoRALinear
 
 Autocast = torch.dtype | None
 """The dtype of autocast where it is on."""
@@ -32,6 +33,7 @@ class RecordedLayer:
         recorder: makes the recordings.
         autocast: autocast's dtype, or None.
         copies: of adapters in autocast's dtype.
+        keep_from: from how many keys on the attention's result is kept between the passes; None: it never is.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RecordedLayer:
         recorder: Recorder,
         autocast: Autocast,
         copies: Copies,
+        keep_from: int | None = None,
     ) -> None:
         self.state, self.stage, self.trained = state, stage, state.trained
         self._call, self._autocast, self._device = call, autocast, stage.x.device.type
@@ -60,7 +63,9 @@ class RecordedLayer:
         self._held: tuple[Tensor, Tensor] | None = None
         self.passes = 0
         """How often the forward pass was replayed; a kept layer holds what belongs to the last one."""
-        self._recorder = recorder
+        self._recorder, self._keep_from = recorder, keep_from
+        self._attention: list[AttentionResiduals | None] = []
+        """Where in the stage the results of attention lie that are kept between the passes."""
         self._sizes = [p.numel() for p in self.trained]
 
     def _copy_adapters(self, dtype: torch.dtype, copies: Copies) -> None:
@@ -91,14 +96,17 @@ class RecordedLayer:
     def work_forward(self) -> None:
         """What is recorded as the forward pass."""
         self._refresh()
-        with torch.no_grad(), self._prepared():
+        first = LayerPass(False, [], self._keep_from)
+        with torch.no_grad(), self._prepared(), running(first):
             self.stage.y.copy_(self._run(self.stage.x))
+            self._attention = self.stage.keep(first.kept)
 
     def work_backward(self) -> None:
-        """What is recorded as the backward pass: the forward pass again, and the gradients."""
+        """What is recorded as the backward pass: the forward pass again, but for what is known, and the gradients."""
         self._refresh()
         x = self.stage.x.detach().requires_grad_(self.stage.needs_dx)
-        with torch.enable_grad(), self._prepared():
+        second = LayerPass(True, self._attention, None if self.kept else self._keep_from)
+        with torch.enable_grad(), self._prepared(), running(second):
             y = self._run(x)
         self._differentiate(x, y, keep=False)
 
@@ -174,13 +182,17 @@ class RecordedLayer:
         """Whether it keeps what its forward pass computes."""
         return self._kept_backward_tape is not None
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Replay the forward pass."""
+    def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Replay the forward pass; return its result and what `backward` takes beside the input."""
         stage = self.stage
         stage.load(stage.x, hidden)
         _replay(self._forward_tape)
         self.passes += 1
-        return stage.take(stage.y, hidden.shape[-2])
+        return stage.take(stage.y, hidden.shape[-2]), [place.clone() for place in self._places()]
+
+    def _places(self) -> list[Tensor]:
+        known = [] if self.kept else [one for one in self._attention if one is not None]
+        return [place for one in known for place in (one.out, one.logsumexp)]
 
     def backward_kept(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """Replay the backward pass of the last forward pass; see `backward`."""
@@ -188,10 +200,15 @@ class RecordedLayer:
         _replay(self._kept_backward_tape)
         return self._results(dy)
 
-    def backward(self, hidden: Tensor, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """Replay the backward pass; return the gradients of the input and of the trained parameters."""
+    def load_saved(self, hidden: Tensor, *kept: Tensor) -> None:
+        """Put the input, and what `forward` returned beside the result, where `backward` finds them."""
+        self.stage.load(self.stage.x, hidden)
+        for place, value in zip(self._places(), kept, strict=True):
+            place.copy_(value)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """Replay the backward pass of what was loaded; return the gradients of the input and of trained parameters."""
         stage = self.stage
-        stage.load(stage.x, hidden)
         stage.load(stage.dy, dy)
         if self._backward_tape is None:
             self._backward_tape = self._recorder.record(self.work_backward)
@@ -227,11 +244,11 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: RecordedLayer, values: tuple[Any, ...], hidden: Tensor, *trained: Tensor) -> Tensor:
-        """Replay the forward pass; autograd keeps the input."""
+        """Replay the forward pass; autograd keeps the input, and what attention gave where the layer says so."""
         ctx.layer, ctx.values = layer, values
-        ctx.save_for_backward(hidden)
         layer.stage.load_arguments(values)
-        out = layer.forward(hidden)
+        out, kept = layer.forward(hidden)
+        ctx.save_for_backward(hidden, *kept)
         ctx.number = layer.passes
         return out
 
@@ -243,6 +260,6 @@ class Replay(torch.autograd.Function):
         if layer.kept and ctx.number == layer.passes:
             dx, parameters = layer.backward_kept(grads[0])
         else:
-            (hidden,) = ctx.saved_tensors
-            dx, parameters = layer.backward(hidden, grads[0])
+            layer.load_saved(*ctx.saved_tensors)  # they may have come from the host: nothing holds them from here on
+            dx, parameters = layer.backward(grads[0])
         return None, None, dx, *parameters

@@ -21,6 +21,7 @@ from fvlm_core.graphs.room import Room
 from fvlm_core.graphs.stage import Arena, Key, Stage, can_round_up, describe
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
+from fvlm_core.passes import KEEP_FROM
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,17 @@ class LayerGraphs:
     Args:
         rehearse: use recordings that run the layers' own code again, on any device; for tests.
         memory_budget: GiB of device memory, for `keep`; see `Room`.
+        keep_attention_from: see `fvlm_core.passes.KEEP_FROM`; it acts where what layers keep goes to the host.
 
     Attributes:
         keep: whether layers keep what their forward passes compute, as far as there is room for it; the others compute
             it again.
     """
 
-    def __init__(self, rehearse: bool = False, memory_budget: float | None = None) -> None:
-        self._rehearse = rehearse
+    def __init__(
+        self, rehearse: bool = False, memory_budget: float | None = None, keep_attention_from: int = KEEP_FROM
+    ) -> None:
+        self._rehearse, self._keep_from = rehearse, keep_attention_from
         self._room = Room(memory_budget)
         self.keep = False
         self._recorders: dict[torch.device, Recorder] = {}
@@ -70,29 +74,30 @@ class LayerGraphs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Nothing of a recording can be stored."""
-        return _made, (self._rehearse, self._room.budget, self.keep)
+        return _made, (self._rehearse, self._room.budget, self._keep_from, self.keep)
 
     def _fresh(self) -> LayerGraphs:
-        return _made(self._rehearse, self._room.budget, self.keep)
+        return _made(self._rehearse, self._room.budget, self._keep_from, self.keep)
 
-    def run(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving = nullcontext) -> Tensor | None:
+    def run(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving | None = None) -> Tensor | None:
         """Run a layer as a recording; None where it must be run as it is.
 
         Args:
             layer: the call of a module, its keyword arguments bound.
             args: its positional arguments: the hidden state, and in some vision towers the mask.
-            saving: makes the context in which autograd saves the hidden state of a layer that keeps nothing else.
+            saving: makes the context in which autograd saves what a layer keeps that computes the rest again, such as
+                one that moves it to the host; None: it keeps the hidden state alone, where it is.
         """
-        found = self._prepared(layer, args)
+        found = self._prepared(layer, args, None if saving is None else self._keep_from)
         if found is None:
             return None
         recorded, values = found
         self.replayed += 1
-        with nullcontext() if recorded.kept else saving():
+        with nullcontext() if recorded.kept or saving is None else saving():
             out: Tensor = Replay.apply(recorded, values, args[0], *recorded.trained)  # type: ignore[no-untyped-call]
         return out
 
-    def _prepared(self, layer: Callable[..., Any], args: tuple[Any, ...]) -> _Prepared | None:
+    def _prepared(self, layer: Callable[..., Any], args: tuple[Any, ...], keep_from: int | None) -> _Prepared | None:
         module = module_of(layer)
         if self._off or module is None or not isinstance(layer, partial) or not args or not self._suits(args[0]):
             return None
@@ -110,7 +115,8 @@ class LayerGraphs:
         if about is None:
             return None
         shape = (*hidden.shape[:-2], length, hidden.shape[-1])
-        key = (type(module), shape, hidden.dtype, hidden.device, hidden.requires_grad, autocast, module.training, about)
+        state_of = (hidden.dtype, hidden.device, hidden.requires_grad, autocast, module.training, keep_from)
+        key = (type(module), shape, *state_of, about)
         kind = self._stages.get(key)
         if kind is not None:
             self._stages.move_to_end(key)
@@ -125,7 +131,8 @@ class LayerGraphs:
         if kind is None:
             kind = self._new_kind(key, Stage(hidden, kwargs, length, hidden.requires_grad, self._arena))
         recorder = self._recorder_for(hidden.device)
-        recorded = RecordedLayer(state, kind.stage, partial(layer.func, *layer.args), recorder, autocast, self._copies)
+        call = partial(layer.func, *layer.args)
+        recorded = RecordedLayer(state, kind.stage, call, recorder, autocast, self._copies, keep_from)
         kind.stage.load_arguments(tuple(kwargs.values()))
         if not kind.layers and not recorded.warm_up():
             kind.unfit = True
@@ -192,8 +199,8 @@ class LayerGraphs:
         return self._recorders[device]
 
 
-def _made(rehearse: bool, memory_budget: float | None, keep: bool) -> LayerGraphs:
-    graphs = LayerGraphs(rehearse, memory_budget)
+def _made(rehearse: bool, memory_budget: float | None, keep_attention_from: int, keep: bool) -> LayerGraphs:
+    graphs = LayerGraphs(rehearse, memory_budget, keep_attention_from)
     graphs.keep = keep
     return graphs
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvlm_kernels import AttentionResiduals
+
 Key = tuple[Any, ...]
 TOKEN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
 """Keyword arguments of a decoder layer that have a token axis, and which it is."""
@@ -91,7 +93,7 @@ class Stage:
 
     def __init__(self, hidden: Tensor, kwargs: Mapping[str, Any], tokens: int, needs_dx: bool, arena: Arena) -> None:
         shape = (*hidden.shape[:-2], tokens, hidden.shape[-1])
-        self.tokens, self.needs_dx = tokens, needs_dx
+        self.tokens, self.needs_dx, self._arena = tokens, needs_dx, arena
         self._rounded = tokens != hidden.shape[-2]
         self.x, self.y, self.dy = (arena.room(role, hidden, shape) for role in ("x", "y", "dy"))
         self.dx = arena.room("dx", hidden, shape) if needs_dx else None
@@ -133,6 +135,27 @@ class Stage:
     def take(self, room: Tensor, given: int) -> Tensor:
         """Return a copy of the first tokens of what a replay left."""
         return room.narrow(-2, 0, given).clone(memory_format=torch.contiguous_format)
+
+    def keep(self, made: Sequence[AttentionResiduals | None]) -> list[AttentionResiduals | None]:
+        """Copy what attention gave to its place in the shared memory; return the places.
+
+        Places keep the order of the strides, on which the next operator's copies depend. They are made when a layer is
+        run before its first recording, so that no recording owns them.
+        """
+        placed: list[AttentionResiduals | None] = []
+        for number, one in enumerate(made):
+            if one is None:
+                placed.append(None)
+                continue
+            out, logsumexp = self._place(f"out{number}", one.out), self._place(f"logsumexp{number}", one.logsumexp)
+            placed.append(AttentionResiduals(one.backend, out, logsumexp))
+        return placed
+
+    def _place(self, role: str, value: Tensor) -> Tensor:
+        flat = self._arena.room(role, value, (value.numel(),))
+        place = flat.as_strided(value.shape, torch.empty_like(value, device="meta").stride())
+        place.copy_(value)
+        return place
 
     def gradients_for(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return one flat piece of memory for the gradients of parameters, and its parts in their shapes."""

@@ -155,19 +155,24 @@ def test_a_step_does_not_wait_for_the_device(qwen2_vl_folder, mode):
     assert graphs_of(model).replayed > graphs_of(model).recorded > 0
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_a_batch_without_its_mask_gives_what_the_masked_one_gives_unfused(family, tmp_path):
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "pixtral", "mistral3"])
+def test_a_batch_without_its_mask_gives_what_the_masked_one_gives_unfused(family, text_only, tmp_path):
     folder = tiny_checkpoint(family, tmp_path / family)
     model, processor = FastVisionModel.from_pretrained(str(folder), load_in_16bit=True, device_map="cpu")
     model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=8, init_lora_weights=False)
     samples = make_batches(1)[0]
+    samples[1]["messages"][1]["content"] += " of more words"  # so that the other one is padded in every family
+    if text_only:
+        for sample in samples:
+            del sample["messages"][0]["content"][:-1]
 
     def step():
         batch = FastVisionDataCollator(model, processor)(samples)
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        return batch, loss.detach(), flat_gradients(model)
+        return batch, loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     batch, expected, gradients = step()
     assert (batch["attention_mask"] == 0).any()
@@ -177,5 +182,6 @@ def test_a_batch_without_its_mask_gives_what_the_masked_one_gives_unfused(family
         batch, loss, ours = step()
         assert "attention_mask" not in batch
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        assert set(ours) == set(gradients)
         for name, gradient in gradients.items():
             assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name

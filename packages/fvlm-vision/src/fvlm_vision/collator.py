@@ -11,7 +11,7 @@ from fvlm_core.arch import facts_for, media_token_ids, task_model
 from fvlm_core.arch.packing import packing_of
 from fvlm_core.batch_plan import IMAGE
 from fvlm_core.errors import ConfigError, DataError
-from fvlm_core.fused import has_fused, has_fused_loss
+from fvlm_core.fused import CAUSAL_LAYER, has_fused, has_fused_loss
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
 from fvlm_vision.labels import label_rows, make_labels, response_marks
@@ -128,6 +128,7 @@ class FastVisionDataCollator:
         )
         self.plan_loss = has_fused_loss(model) if plan_loss is None else plan_loss
         self._plan_media = has_fused(model, "media_model")
+        self._is_causal = has_fused(model, CAUSAL_LAYER)
         self._packing = packing_of(task_model(model)) if packing else None
         self._plan = None if facts.planner is None else facts.planner(task_model(model))
         self._tells_overflow = True
@@ -237,7 +238,7 @@ class FastVisionDataCollator:
             batch["label_rows"] = label_rows(batch["labels"], self.ignore_index)
             if self._plan_media and "mm_token_type_ids" in batch:
                 batch["media_rows"] = (batch["mm_token_type_ids"] == IMAGE).flatten().nonzero()[:, 0]
-            if "position_ids" in batch and _only_trailing_padding(batch):
+            if self._is_causal and _only_trailing_padding(batch):
                 del batch["attention_mask"]
         return batch
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fvlm_core.fused.engine import FusionReport, fuse_model, fusion_report, unfuse_model
 
 __all__ = [
+    "CAUSAL_LAYER",
     "LEARNED_TOKENS",
     "FusionReport",
     "fuse_model",
@@ -24,6 +25,9 @@ __all__ = [
     "has_fused_loss",
     "unfuse_model",
 ]
+
+CAUSAL_LAYER = "decoder_layer"
+"""The kind of the text layers whose tokens see none that come after them: trailing padding changes nothing for them."""
 
 LEARNED_TOKENS = "learned_tokens"
 """Key of a fused model's training output: how many learned tokens it said right, and how many there are."""

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fvlm_core.fused import CAUSAL_LAYER
 from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
@@ -31,7 +32,6 @@ ROUND_TO = 64
 """Lengths are rounded up to a multiple of this."""
 _FIRST_GUESS = 1 << 28
 """Bytes that the first layer of a kind is taken to keep, before one is recorded."""
-_FUSED_CAUSAL = "decoder_layer"
 _OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
 """What the names of arguments start with that transformers hands to every layer, and that causal layers do not read."""
 
@@ -233,7 +233,7 @@ def _is_causal(module: nn.Module) -> bool:
     """Whether a layer is one whose tokens see no later ones, so that zeros behind them change nothing."""
     from fvlm_core.fused.engine import kind_of
 
-    return kind_of(module) == _FUSED_CAUSAL
+    return kind_of(module) == CAUSAL_LAYER
 
 
 @cache

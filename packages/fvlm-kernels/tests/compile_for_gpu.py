@@ -107,6 +107,25 @@ def launch_quantized():
     ops.int8_dequantize(torch.ones(n, k, dtype=torch.int8), torch.ones(n), dtype)
 
 
+def launch_decoding():
+    """The same for the products and the attention of decoding."""
+    ops, dtype, (n, k) = torch.ops.fvlm, torch.bfloat16, (64, 3584)
+    packed, absmax = ops.nf4_quantize(torch.randn(n, k, dtype=dtype), 64)
+    nested = torch.ones(absmax.numel(), dtype=torch.uint8), torch.ones(14), torch.ones(256), torch.ones(1)
+    for size in (n, 8192):  # a program takes one row of a small weight, and four of a large one
+        adapter = torch.ones(size, dtype=dtype), torch.ones(16, k), torch.ones(size, 16)
+        for tensors in ([packed, *nested, *adapter], [packed, absmax, None, None, None, None, None, None]):
+            for rows in (1, 2, 8):
+                x = torch.randn(rows, k, dtype=dtype)
+                for layers in (1, 3):
+                    ops.lora_decode(x, x, tensors * layers, [2.0] * layers, [size] * layers, 64, dtype)
+    length = torch.ones(1, dtype=torch.int64)
+    for heads, key_heads, width, window in ((12, 2, 128, 0), (8, 4, 256, 1024)):
+        cache = torch.ones(2, key_heads, 1024, width, dtype=dtype)
+        for visible in (None, torch.ones(2, 1024, dtype=torch.bool)):
+            ops.decode_attention(torch.ones(2, heads, width, dtype=dtype), cache, cache, length, visible, window, 0.1)
+
+
 def launch_losses():
     """The same for the cross entropies."""
     ops, dtype, labels, ones = torch.ops.fvlm, torch.bfloat16, torch.zeros(2, dtype=torch.int64), torch.ones(2, 2)
@@ -138,5 +157,6 @@ if __name__ == "__main__":
 
     launch_everything()
     launch_quantized()
+    launch_decoding()
     launch_losses()
     launch_optimizer()

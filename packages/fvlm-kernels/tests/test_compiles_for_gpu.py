@@ -28,6 +28,10 @@ KERNELS = {
     "_loss_rows_kernel",
     "_loss_bwd_kernel",
     "_adamw_kernel",
+    "_narrow_kernel",
+    "_products_kernel",
+    "_partial_kernel",
+    "_join_kernel",
 }
 
 

@@ -9,11 +9,13 @@ from .activations import gelu, quick_gelu
 from .adamw import adamw_flat_
 from .attention_residuals import AttentionResiduals, attention_from_residuals, attention_with_residuals
 from .cross_entropy import cross_entropy
+from .decode_attention import decode_attention
 from .gated import geglu, swiglu
 from .int8 import Int8Weight, dequantize_int8
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .lora import lora_linear, lora_qkv
+from .lora_decode import lora_decode
 from .lora_layer import LoRALinear
 from .lora_mlp import lora_mlp
 from .multimodal_rotary import multimodal_rotary
@@ -37,12 +39,14 @@ __all__ = [
     "attention_from_residuals",
     "attention_with_residuals",
     "cross_entropy",
+    "decode_attention",
     "dequantize_int8",
     "dequantize_nf4",
     "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "lora_decode",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.checkpointing import resume_checkpointing, suspend_checkpointing
+from fvlm_core.decoding import disable_decoding, enable_decoding
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -12,17 +13,19 @@ if TYPE_CHECKING:
 
 
 def for_training(model: PreTrainedModel | PeftModel) -> None:
-    """Train mode, the checkpointing mode the model was given, no key-value cache."""
+    """Train mode, the checkpointing mode the model was given, no key-value cache, no recorded decoding."""
+    disable_decoding(model)
     model.train()
     resume_checkpointing(model)
     _use_cache(model, False)
 
 
 def for_inference(model: PreTrainedModel | PeftModel) -> None:
-    """Evaluation mode, no checkpointing, with the key-value cache."""
+    """Evaluation mode, no checkpointing, with the key-value cache; decoding by recordings where that is possible."""
     model.eval()
     suspend_checkpointing(model)
     _use_cache(model, True)
+    enable_decoding(model)
 
 
 def _use_cache(model: Any, use: bool) -> None:

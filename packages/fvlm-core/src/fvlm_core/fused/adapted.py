@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fvlm_kernels import LoRALinear, NF4Weight, lora_qkv
+from fvlm_kernels import LoRALinear, NF4Weight, lora_decode, lora_qkv
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -98,15 +98,17 @@ def project(x: Tensor, modules: Sequence[nn.Module], training: bool) -> tuple[Te
     Returns:
         ``(..., out_features)`` of each.
     """
-    found = None if is_decoding(x) else together(modules)
+    found = together(modules)
     if found is None:
         return tuple(module(x) for module in modules)
     layers, compute_dtype = found
+    if is_decoding(x) and not training:
+        return lora_decode(x, layers, compute_dtype=compute_dtype)
     return lora_qkv(x, layers, training=training, compute_dtype=compute_dtype)
 
 
 def is_decoding(x: Tensor) -> bool:
-    """Whether so few rows come, and no gradient is wanted, that the layers' own matrix-vector products are quicker."""
+    """Whether so few rows come, and no gradient is wanted, that products straight from the codes are quicker."""
     return not torch.is_grad_enabled() and x.numel() <= DECODING_ROWS * x.shape[-1]
 
 

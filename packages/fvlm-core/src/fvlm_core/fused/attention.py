@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fvlm_core.decoding.stepping import is_stepping
 from fvlm_core.fused.adapted import project
 from fvlm_kernels import rotary
 
@@ -102,16 +103,12 @@ def attention_forward(
         k, v = past_key_values.update(k, v, module.layer_idx)
     if "sliding_window" in vars(module):
         kwargs["sliding_window"] = module.sliding_window
-    out, weights = attend(
-        module,
-        q,
-        k,
-        v,
-        attention_mask,
-        dropout=dropout_of(module),
-        position_ids=position_ids,
-        **kwargs,
-    )
+    if is_stepping(past_key_values):
+        window = kwargs.get("sliding_window")
+        out, weights = past_key_values.attend(q, module.layer_idx, setting(module, ("scaling", "scale")), window), None
+    else:
+        dropout = dropout_of(module)
+        out, weights = attend(module, q, k, v, attention_mask, dropout=dropout, position_ids=position_ids, **kwargs)
     out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
     (out,) = project(out, (module.o_proj,), module.training)
     return out, weights
@@ -163,7 +160,10 @@ def cross_attention_forward(
         k, v = cached.keys, cached.values
     else:
         raise ValueError("cross attention got neither cross_attention_states nor a cache that holds their keys")
-    out, weights = attend(module, q, k, v, attention_mask, dropout=dropout_of(module), **kwargs)
+    if is_stepping(past_key_values):
+        out, weights = past_key_values.attend_across(q, module.layer_idx, module.scaling, attention_mask), None
+    else:
+        out, weights = attend(module, q, k, v, attention_mask, dropout=dropout_of(module), **kwargs)
     out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
     (out,) = project(out, (module.o_proj,), module.training)
     return out, weights

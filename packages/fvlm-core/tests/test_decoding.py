@@ -1,0 +1,137 @@
+"""Recorded decoding: the tokens that stock gives, for every family and whatever changes between two calls.
+
+Without a GPU the recordings run the step's own code again over the same memory, which tests all but CUDA itself.
+"""
+
+import copy
+
+import pytest
+import torch
+from decoding_tools import GREEDY, fast, prompts, same, stock_answer
+from fused_tools import adapted_model
+
+from fvlm_core import Precision
+from fvlm_core.decoding import decoding_report, disable_decoding, enable_decoding
+from fvlm_core.fused import fuse_model
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "pixtral", "mistral3", "gemma3")
+
+
+@pytest.mark.parametrize("precision", [Precision.HALF, Precision.NF4], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_stocks(tiny, family, precision):
+    folder = tiny(family)
+    model = adapted_model(folder, precision, targets=("language",)).eval()
+    batches = [prompts(folder, images) for images in ((1,), (2,), (0,), (1, 1, 1))]
+    expected = [stock_answer(model, batch, **GREEDY) for batch in batches]
+    fast(model)
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert torch.equal(model.generate(**batch, **GREEDY), wanted)
+    assert decoding_report(model).recorded == 4, decoding_report(model).summary
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    """A model that decodes by recordings and one that does as transformers has it, equal but for that."""
+    folder = tiny("qwen2_vl")
+    stock = adapted_model(folder, targets=("language",)).eval()
+    return folder, fast(adapted_model(folder, targets=("language",)).eval()), stock
+
+
+def test_answers_longer_than_the_memory_that_was_made_first(pair, monkeypatch):
+    from fvlm_core.decoding import engine, loop
+
+    monkeypatch.setattr(loop, "BUCKET", 8)
+    monkeypatch.setattr(engine, "_FIRST_ROOM", 4)
+    _, ours, _ = pair
+    disable_decoding(ours)
+    enable_decoding(ours, rehearse=True)
+    batch = prompts(pair[0], (1, 1))
+    same(pair, batch, do_sample=False, max_new_tokens=70, min_new_tokens=70)
+    assert decoding_report(ours).recordings > 1
+    same(pair, batch, do_sample=True, top_k=1, max_new_tokens=70, min_new_tokens=70)
+
+
+def test_later_calls_of_other_lengths_and_sizes(pair):
+    _, ours, _ = pair
+    disable_decoding(ours)
+    enable_decoding(ours, rehearse=True)
+    for images, tokens in (((1,), 12), ((2,), 3), ((0,), 20), ((1, 1), 5), ((1,), 1), ((1, 0), 9), ((1,), 8)):
+        same(pair, prompts(pair[0], images), do_sample=False, max_new_tokens=tokens)
+    assert decoding_report(ours).recordings == 2  # one for each number of rows
+
+
+def test_what_changes_between_two_calls_is_noticed(tiny):
+    folder = tiny("qwen2_vl")
+    model = fast(adapted_model(folder, targets=("language",)).eval())
+    batch = prompts(folder, (1, 1))
+
+    def both():
+        before = decoding_report(model).recorded
+        ours = model.generate(**batch, **GREEDY)
+        assert decoding_report(model).recorded == before + 1, decoding_report(model).summary
+        wanted = type(model.get_base_model()).generate(model.get_base_model(), **batch, **GREEDY)
+        assert torch.equal(ours, wanted)
+        return ours.tolist()
+
+    seen = [both()]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-3)
+    seen.append(both())
+    with model.disable_adapter():
+        seen.append(both())
+    model.add_adapter("other", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "other" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.3)
+    model.set_adapter("other")
+    seen.append(both())
+    model.merge_adapter()
+    assert both() == seen[-1]
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=3.0)
+    for _ in range(3):
+        model.train()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    seen.append(both())
+    assert len({str(rows) for rows in seen}) == len(seen)  # every change changed the answer
+
+
+def test_states_that_are_left_to_transformers(tiny):
+    folder = tiny("qwen2_vl")
+    batch = prompts(folder, (1,))
+    model = fast(adapted_model(folder, targets=("language",), use_dora=True).eval())
+    handle = None
+    for reason in ("Dora", "hooks"):
+        rows = model.generate(**batch, **GREEDY)
+        assert torch.equal(rows, type(model.get_base_model()).generate(model.get_base_model(), **batch, **GREEDY))
+        assert any(reason.lower() in told.lower() for told in decoding_report(model).left), decoding_report(model).left
+        if handle is None:
+            model = fast(adapted_model(folder, targets=("language",)).eval())
+            handle = model.get_base_model().model.language_model.layers[0].register_forward_hook(lambda *_: None)
+    assert decoding_report(model).recorded == 0
+
+
+def test_disabling_undoes_everything(tiny):
+    model = adapted_model(tiny("qwen2_vl"), targets=("language",)).eval()
+    fuse_model(model)
+    inner = model.get_base_model()
+    before = dict(vars(inner))
+    fast(model)
+    model.generate(**prompts(tiny("qwen2_vl")), **GREEDY)
+    copied = copy.deepcopy(model)
+    assert torch.equal(*(m.generate(**prompts(tiny("qwen2_vl")), **GREEDY) for m in (model, copied)))
+    assert decoding_report(copied).recorded == 1
+    disable_decoding(model)
+    assert {n: v for n, v in vars(inner).items() if n != "generation_config"} == {
+        n: v for n, v in before.items() if n != "generation_config"
+    }
+    assert decoding_report(model).recorded == 0
+    assert enable_decoding(model) is not None or model.device.type == "cuda"  # on a CPU it stays as it was

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import typer
-from build import made_pages, shown_pages, sidebar
+from build import made_pages, notebooks, read_page, shown_pages, sidebar
 from links import LinkError, prose, resolve, rewrite, targets
 from messages import kinds, messages, messages_page
 from pydantic import BaseModel
@@ -43,9 +43,9 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", written())
+@pytest.mark.parametrize("page", [*written(), *notebooks()])
 def test_links_hold_on_the_forge(page: str) -> None:
-    for target in targets((ROOT / page).read_text(encoding="utf-8")):
+    for target in targets(read_page(page)):
         name, _, anchor = target.partition("#")
         path = ROOT / resolve(page, name)
         assert path.exists(), f"{page} links to {target}"
@@ -72,10 +72,11 @@ def test_links_are_rewritten_for_the_site() -> None:
 
 
 def test_every_page_is_in_the_sidebar_once() -> None:
-    names = {place.removesuffix(".md") for place in [*shown_pages().values(), *made_pages()]} | {"new-page"}
+    names = {place.removesuffix(".md") for place in [*shown_pages().values(), *notebooks().values(), *made_pages()]}
+    names |= {"new-page"}
     listed = [line for line in sidebar(names).splitlines() if line and line[0] not in ":`"]
     assert sorted(listed) == sorted(names - {"index"})
-    assert listed[:2] == ["start", "tutorial"]
+    assert listed[:3] == ["start", "tutorial", "examples/notebooks/digits"]
     assert "new-page" in listed[-20:]
 
 

@@ -6,6 +6,7 @@ turns it into HTML, with warnings as errors: a link that leads nowhere, a docstr
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def made_pages() -> dict[str, str]:
     return pages
 
 
+def notebooks() -> dict[str, str]:
+    """Return repository path → site path of the notebooks."""
+    names = (path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("examples/notebooks/*.ipynb")))
+    return {name: name.removesuffix(".ipynb") + ".md" for name in names}
+
+
+def read_page(source: str) -> str:
+    """Return a page's Markdown; of a notebook, its cells as text and blocks of code."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    if not source.endswith(".ipynb"):
+        return text
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells) + "\n"
+
+
 def _programs_page() -> str:
     lines = ["# The four programs", "", "From `examples/programs`: each runs as it is, and takes `--model`."]
     for path in sorted((ROOT / "examples/programs").glob("*.py")):
@@ -74,12 +90,9 @@ def sidebar(names: Iterable[str]) -> str:
 
 def assemble(folder: Path) -> None:
     """Write all pages of the site, their links as the site needs them, into an empty folder."""
-    shown, made = shown_pages(), made_pages()
+    shown, made = shown_pages() | notebooks(), made_pages()
     known = shown | {"examples/programs": "examples/programs.md"}
-    contents = {
-        place: rewrite((ROOT / source).read_text(encoding="utf-8"), source, known, ROOT)
-        for source, place in shown.items()
-    } | made
+    contents = {place: rewrite(read_page(source), source, known, ROOT) for source, place in shown.items()} | made
     contents["index.md"] += sidebar(name.removesuffix(".md") for name in contents)
     for place, text in contents.items():
         path = folder / place

@@ -64,7 +64,7 @@ def launch_everything():
     def random(*shape):
         return torch.randn(shape, dtype=dtype)
 
-    for width in (1280, 8192):
+    for width in (1280, 3584, 8192):
         x, weight = random(300, width), random(width)
         ops.rms_norm_fwd(x, weight, 1e-6, 0.0, True)
         ops.add_rms_norm_fwd(x, x, weight, 1e-6, 1.0, False)
@@ -75,6 +75,7 @@ def launch_everything():
         ops.layer_norm_fwd(x, weight, weight, 1e-6, dtype)
         ops.add_layer_norm_fwd(x, x, weight, None, 1e-6, dtype)
         ops.layer_norm_bwd(x, None, x, weight, 1e-6, False, False)
+        ops.layer_norm_bwd(x, None, x, weight, 1e-6, True, True)
         ops.layer_norm_bwd(x, x, x, weight, 1e-6, True, True)
     x = random(300, 4304)
     for act in ("gelu_erf", "gelu_tanh", "quick_gelu"):

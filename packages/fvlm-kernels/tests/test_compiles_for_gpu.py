@@ -16,6 +16,7 @@ KERNELS = {
     "_rms_norm_bwd_kernel",
     "_layer_norm_fwd_kernel",
     "_layer_norm_bwd_kernel",
+    "_sum_shares_kernel",
     "_activation_fwd_kernel",
     "_activation_bwd_kernel",
     "_gated_fwd_kernel",

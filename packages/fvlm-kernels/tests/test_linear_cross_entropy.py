@@ -83,7 +83,12 @@ def test_policy_of_options(softcap, reduction, impl, dtype, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", [["hidden"], ["hidden", "weight", "bias"], ["weight"], ["bias"]], ids=str)
 def test_policy_of_several_chunks(wanted, reduction, impl, dtype, device, small_chunks):
-    check(head_of((13,), 4, 100, dtype, device), labels_of((13,), 100, device), impl, wanted, reduction=reduction)
+    """Rows enough for the policy to mean something.
+
+    Of 23 rows of 4 numbers the largest fp32 error of the reference is for one seed in twenty so small that twice it
+    does not cover another order of the same sums, with chunks or without.
+    """
+    check(head_of((60,), 16, 100, dtype, device), labels_of((60,), 100, device), impl, wanted, reduction=reduction)
 
 
 @every_impl

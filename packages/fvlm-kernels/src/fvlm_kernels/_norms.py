@@ -1,4 +1,7 @@
-"""What the norms share: their checks, and how the rows of a backward pass are dealt out."""
+"""What the norms share: their checks, how the rows of a backward pass are dealt out, and the sum over their shares."""
+
+# mypy: allow-untyped-defs
+# (for the kernel, whose arguments Triton types)
 
 from __future__ import annotations
 
@@ -10,12 +13,38 @@ from ._launch import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    launch,
     persistent_programs,
     row_blocks,
 )
+from ._triton import tl, triton
 
 MAX_WIDTH = 16384
 """Widest row that the kernels hold in registers."""
+
+
+@triton.jit
+def _sum_shares_kernel(shares_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
+    start = 0
+    while start < P:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
+        offs_p = start + tl.arange(0, BLOCK_P)
+        mask = (offs_p < P)[:, None] & (offs_n < N)[None, :]
+        total += tl.load(shares_ptr + offs_p[:, None].to(tl.int64) * N + offs_n[None, :], mask=mask, other=0.0)
+        start += BLOCK_P
+    tl.store(out_ptr + offs_n, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+def sum_shares(shares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Add up the programs' fp32 shares ``(P, N)`` of a weight gradient, in one launch and a fixed order.
+
+    Returns:
+        ``(N,)`` in ``dtype``, rounded once; zeros where there is no share.
+    """
+    (p, n), out = shares.shape, shares.new_empty(shares.shape[1], dtype=dtype)
+    launch(_sum_shares_kernel, (cdiv(n, 32),), shares, out, p, n, BLOCK_P=32, BLOCK_N=32, num_warps=4)
+    return out
 
 
 def check_norm(

@@ -30,7 +30,7 @@ import torch
 
 from ._launch import Impl, cdiv, launch, row_blocks, rows_of, use_triton
 from ._library import first_derivative_only, register
-from ._norms import check_norm, check_width, deal_rows
+from ._norms import check_norm, check_width, deal_rows, sum_shares
 from ._triton import tl, triton
 
 
@@ -114,17 +114,25 @@ def _layer_norm_bwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     in_row = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=in_row, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # of each row of a block: rows are added up once
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     block = pid * blocks_per_program
     end = block + blocks_per_program
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = (offs_m < M)[:, None] & in_row[None, :]
+    h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0)
+    grad = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0)
     while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
-        offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        if NEED_DWEIGHT or NEED_DBIAS:
+            ahead = offs_m + BLOCK_M
+            more = ((ahead < M) & (block + 1 < end))[:, None] & in_row[None, :]
+            next_h = tl.load(h_ptr + ahead[:, None] * stride_h + offs_n[None, :], mask=more, other=0.0)
+            next_grad = tl.load(dy_ptr + ahead[:, None] * stride_dy + offs_n[None, :], mask=more, other=0.0)
         mask = (offs_m < M)[:, None] & in_row[None, :]
-        h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(h, axis=1) / N
-        centred = tl.where(mask, h - mean[:, None], 0.0)
+        wide = h.to(tl.float32)
+        dy = grad.to(tl.float32)
+        mean = tl.sum(wide, axis=1) / N
+        centred = tl.where(mask, wide - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
         n = centred * rstd[:, None]
         g = dy * weight[None, :]
@@ -134,14 +142,18 @@ def _layer_norm_bwd_kernel(
             dx += tl.load(dh_ptr + offs_m[:, None] * stride_dh + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEED_DWEIGHT:
-            dweight += tl.sum(dy * n, axis=0)
+            dweight += dy * n
         if NEED_DBIAS:
-            dbias += tl.sum(dy, axis=0)
+            dbias += dy
+        if NEED_DWEIGHT or NEED_DBIAS:
+            h = next_h
+            grad = next_grad
+            offs_m = ahead
         block += 1
     if NEED_DWEIGHT:
-        tl.store(partial_weight_ptr + pid * N + offs_n, dweight, mask=in_row)
+        tl.store(partial_weight_ptr + pid * N + offs_n, tl.sum(dweight, axis=0), mask=in_row)
     if NEED_DBIAS:
-        tl.store(partial_bias_ptr + pid * N + offs_n, dbias, mask=in_row)
+        tl.store(partial_bias_ptr + pid * N + offs_n, tl.sum(dbias, axis=0), mask=in_row)
 
 
 def _launch_fwd(
@@ -234,8 +246,8 @@ def _layer_norm_bwd(
         BLOCK_N=block_n,
         num_warps=num_warps,
     )
-    dweight = partial_weight.sum(0).to(weight.dtype) if need_dweight else weight.new_empty(0)
-    dbias = partial_bias.sum(0) if need_dbias else weight.new_empty(0, dtype=torch.float32)
+    dweight = sum_shares(partial_weight, weight.dtype) if need_dweight else weight.new_empty(0)
+    dbias = sum_shares(partial_bias, torch.float32) if need_dbias else weight.new_empty(0, dtype=torch.float32)
     return dx, dweight, dbias
 
 

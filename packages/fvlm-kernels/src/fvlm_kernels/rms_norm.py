@@ -23,7 +23,8 @@ read once, and computed and accumulated in fp32. ``rounding`` says where the res
   (``Gemma3RMSNorm``, which has ``offset=1``).
 
 rstd is recomputed in backward, where h is read anyway, instead of being saved. dweight is summed in fp32 by a fixed
-number of programs over fixed rows, then over programs: two runs on one card give the same bits.
+number of programs over fixed rows, then over programs: two runs on one card give the same bits. Those few programs load
+their next rows before they compute with the present ones, since nothing else would keep the memory busy.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 
 from ._launch import Impl, cdiv, launch, row_blocks, rows_of, use_triton
 from ._library import first_derivative_only, register
-from ._norms import check_norm, check_width, deal_rows
+from ._norms import check_norm, check_width, deal_rows, sum_shares
 from ._triton import tl, triton
 
 Rounding = Literal["llama", "gemma"]
@@ -121,15 +122,22 @@ def _rms_norm_bwd_kernel(
     scale = weight.to(tl.float32) + offset
     if CAST_FIRST:
         scale = scale.to(weight.dtype).to(tl.float32)
-    dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # of each row of a block: rows are added up once
     block = pid * blocks_per_program
     end = block + blocks_per_program
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = (offs_m < M)[:, None] & in_row[None, :]
+    h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0)
+    grad = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0)
     while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
-        offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        if NEED_DWEIGHT:
+            ahead = offs_m + BLOCK_M
+            more = ((ahead < M) & (block + 1 < end))[:, None] & in_row[None, :]
+            next_h = tl.load(h_ptr + ahead[:, None] * stride_h + offs_n[None, :], mask=more, other=0.0)
+            next_grad = tl.load(dy_ptr + ahead[:, None] * stride_dy + offs_n[None, :], mask=more, other=0.0)
         mask = (offs_m < M)[:, None] & in_row[None, :]
-        h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         wide = h.to(tl.float32)
+        dy = grad.to(tl.float32)
         g = dy * scale[None, :]
         rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / N + eps)
         n = wide * rstd[:, None]
@@ -140,10 +148,13 @@ def _rms_norm_bwd_kernel(
         if NEED_DWEIGHT:
             if CAST_FIRST:
                 n = n.to(h.dtype).to(tl.float32)
-            dweight += tl.sum(dy * n, axis=0)
+            dweight += dy * n
+            h = next_h
+            grad = next_grad
+            offs_m = ahead
         block += 1
     if NEED_DWEIGHT:
-        tl.store(partial_ptr + pid * N + offs_n, dweight, mask=in_row)
+        tl.store(partial_ptr + pid * N + offs_n, tl.sum(dweight, axis=0), mask=in_row)
 
 
 def _out_dtype(x: torch.Tensor, weight: torch.Tensor, cast_first: bool) -> torch.dtype:
@@ -228,7 +239,7 @@ def _rms_norm_bwd(
         BLOCK_N=block_n,
         num_warps=num_warps,
     )
-    return dx, weight.new_empty(0) if partial is None else partial.sum(0).to(weight.dtype)
+    return dx, weight.new_empty(0) if partial is None else sum_shares(partial, weight.dtype)
 
 
 _fwd_op = register(

@@ -78,7 +78,8 @@ def varlen_attention_forward(
     if count * max_length_q == total:
 
         def batched(packed: Tensor) -> Tensor:
-            by_segment: Tensor = packed[0].unflatten(1, (count, max_length_q))
+            # squeeze, since the gradient of an index is zeros with a copy in them
+            by_segment: Tensor = packed.squeeze(0).unflatten(1, (count, max_length_q))
             return by_segment.transpose(0, 1)
 
         out = attend(batched(query), batched(key), batched(value))
@@ -96,7 +97,7 @@ def _torch_varlen(
     """Run torch's variable-length flash attention on `(1, heads, total, head_dim)` inputs."""
     from torch.nn.attention.varlen import varlen_attn  # a CUDA-only part of torch, imported where it is used
 
-    q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))
+    q, k, v = (packed.squeeze(0).transpose(0, 1) for packed in (query, key, value))
     window = (-1, 0) if is_causal else (-1, -1)
     out = varlen_attn(q, k, v, cu_lengths, cu_lengths, longest, longest, scale=scaling, window_size=window)
     if not isinstance(out, Tensor):  # torch returns a tuple only when auxiliary outputs are asked for

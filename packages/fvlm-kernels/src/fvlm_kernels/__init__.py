@@ -23,6 +23,7 @@ from .nf4 import dequantize_nf4
 from .nf4_format import NF4Weight
 from .nf4_matvec import nf4_matvec
 from .nf4_quantize import quantize_nf4
+from .packed_rotary import packed_vision_rotary
 from .patch_embed import patch_embed
 from .rms_norm import rms_norm
 from .rotary import rotary, vision_rotary
@@ -52,6 +53,7 @@ __all__ = [
     "lora_qkv",
     "multimodal_rotary",
     "nf4_matvec",
+    "packed_vision_rotary",
     "patch_embed",
     "quantize_nf4",
     "quick_gelu",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fvlm_core.fused.adapted import project
 from fvlm_core.fused.attention import attend, dropout_of
-from fvlm_kernels import vision_rotary
+from fvlm_kernels import packed_vision_rotary
 
 
 def vision_attention_forward(
@@ -35,10 +35,9 @@ def vision_attention_forward(
     """
     total = hidden_states.shape[0]
     (qkv,) = project(hidden_states, (module.qkv,), module.training)
-    q, k, v = qkv.view(total, 3, module.num_heads, -1).unbind(1)
     if position_embeddings is None:
         raise TypeError("position_embeddings is missing; the vision tower makes it and hands it to every block")
-    q, k = vision_rotary(q, k, *position_embeddings)
+    q, k, v = packed_vision_rotary(qkv.view(total, 3, module.num_heads, -1), *position_embeddings)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     dropout = dropout_of(module)
     if "flash" in (module.config._attn_implementation or ""):

@@ -18,7 +18,7 @@ from fvlm_core.load import load_model
 from fvlm_core.origin import Origin, origin_of, set_origin
 from fvlm_core.precision import Precision
 from fvlm_core.testing import tiny_checkpoint
-from fvlm_export import read_report, save_pretrained_merged
+from fvlm_export import note_of, read_report, save_pretrained_merged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -116,6 +116,48 @@ def test_dequantized_gives_what_training_saw(tools: Any, tmp_path: Path, precisi
     assert read_report(out).merged_onto == "dequantized"
 
 
+def save_noted(model: Any, folder: Path) -> Path:
+    """Save an adapter as the models of fvlm-vision do."""
+    model.save_pretrained(folder)
+    note_of(model).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "load"), [(torch.float16, "float32"), (torch.bfloat16, "bfloat16")])
+@pytest.mark.parametrize("precision", [Precision.NF4, Precision.INT8])
+def test_a_folder_gives_what_training_saw_too(
+    tools: Any, tmp_path: Path, precision: Precision, dtype: torch.dtype, load: str
+) -> None:
+    """The base is quantized once more, shard by shard, as the adapter's note says; no model is loaded."""
+    base = tools.checkpoint(dtype=dtype)
+    model = tools.adapted(load_model(base, precision=precision, dtype=load, device_map="cpu"))
+    live = save_pretrained_merged(model, tmp_path / "live", base="dequantized", progress=False)
+    adapter = save_noted(model, tmp_path / "adapter")
+    out = save_pretrained_merged(adapter, tmp_path / "out", base="dequantized", progress=False)
+    a, b = load_file(live / "model.safetensors"), load_file(out / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert read_report(out).merged_onto == "dequantized"
+    assert f"quantized to {precision.value[0]} bit as in training" in read_report(out).why
+    original = save_pretrained_merged(adapter, tmp_path / "original", progress=False)
+    assert not torch.equal(load_file(original / "model.safetensors")[Q], b[Q])
+
+
+def test_a_folder_that_does_not_say_how_is_not_guessed_at(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    base = tools.checkpoint()
+    with pytest.raises(ConfigError, match=r"no fvlm_adapter.json .* says how the base was quantized"):
+        save_pretrained_merged(adapter, tmp_path / "out", base="dequantized", progress=False)
+    half = tools.adapted(load_model(base, precision=Precision.HALF, device_map="cpu"))
+    with pytest.raises(ConfigError, match="were not quantized"):
+        save_pretrained_merged(
+            save_noted(half, tmp_path / "half"), tmp_path / "out", base="dequantized", progress=False
+        )
+    (tmp_path / "half" / "fvlm_adapter.json").write_text('{"bose": 1}')
+    with pytest.raises(CheckpointError, match=r"fvlm_adapter.json cannot be read"):
+        save_pretrained_merged(tmp_path / "half", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("precision", [Precision.NF4, Precision.INT8])
 def test_a_quantized_checkpoint_is_dequantized(tools: Any, tmp_path: Path, precision: Precision) -> None:
     base = tools.checkpoint(dtype=torch.float16)
@@ -159,19 +201,21 @@ def test_the_wrong_base_is_refused(tools: Any, tmp_path: Path) -> None:
     base = tools.checkpoint()
     other = other_base(tools, tmp_path, torch.float32)
     model = tools.adapted(load_model(base, precision=Precision.NF4, device_map="cpu"))
+    noted = save_noted(model, tmp_path / "noted")
     with pytest.raises(ExportError, match="not the checkpoint it was trained on"):
         save_pretrained_merged(model, tmp_path / "out", base=other, progress=False)
-    noted = origin_of(model)
-    assert noted is not None
-    set_origin(model.get_base_model(), Origin(str(tmp_path / "gone"), None, noted.precision, False, "float32", False))
+    origin = origin_of(model)
+    assert origin is not None
+    set_origin(model.get_base_model(), Origin(str(tmp_path / "gone"), None, origin.precision, False, "float32", False))
     with pytest.raises(CheckpointError, match="base='dequantized'"):
         save_pretrained_merged(model, tmp_path / "out", progress=False)
 
     adapter = save_pretrained_merged(
         tools.adapted(tools.load(base)), tmp_path / "adapter", tools.processor(base), save_method="lora", progress=False
     )
-    with pytest.raises(ExportError, match="weights differ"):
-        save_pretrained_merged(adapter, tmp_path / "out", base=other, progress=False)
+    for saved in (noted, adapter):
+        with pytest.raises(ExportError, match="weights differ"):
+            save_pretrained_merged(saved, tmp_path / "out", base=other, progress=False)
     copied = shutil.copytree(base, tmp_path / "copy")
     assert save_pretrained_merged(adapter, tmp_path / "out", base=copied, progress=False).is_dir()
 

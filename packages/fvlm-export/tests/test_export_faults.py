@@ -109,7 +109,7 @@ def test_bad_arguments(tools: Any, adapter: Path, tmp_path: Path) -> None:
         ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples'"),
         ({"max_shard_size": 0}, "max_shard_size=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
-        ({"base": "dequantized"}, "needs the live model"),
+        ({"base": "live"}, "needs the live model"),
         ({"adapters": {str(tmp_path): 1.0}}, "holds no adapter_config.json"),
         ({"save_method": "lora", "dtype": "float16", "base": None}, "leave dtype= out"),
     ]:

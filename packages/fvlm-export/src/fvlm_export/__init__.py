@@ -9,15 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fvlm_export.adapter_note import AdapterNote, note_of, note_training, read_note
     from fvlm_export.push import push_to_hub_merged
     from fvlm_export.record import MergeReport, read_report
     from fvlm_export.save import save_pretrained_merged
 
 __version__ = "0.1.0"
 
-__all__ = ["MergeReport", "push_to_hub_merged", "read_report", "save_pretrained_merged"]
+__all__ = [
+    "AdapterNote",
+    "MergeReport",
+    "note_of",
+    "note_training",
+    "push_to_hub_merged",
+    "read_note",
+    "read_report",
+    "save_pretrained_merged",
+]
 
 _HOME = {
+    "AdapterNote": "adapter_note",
+    "note_of": "adapter_note",
+    "note_training": "adapter_note",
+    "read_note": "adapter_note",
     "MergeReport": "record",
     "push_to_hub_merged": "push",
     "read_report": "record",

@@ -14,6 +14,7 @@ import torch
 from fvlm_core.errors import CheckpointError, ExportError
 from fvlm_export import quantized
 from fvlm_export.layout import Layout, Slot
+from fvlm_export.quantized import RoundTrip
 from fvlm_export.remote import Shard
 from fvlm_export.safetensor_file import SafetensorFile, TensorInfo
 from fvlm_export.skeleton import Skeleton
@@ -54,6 +55,7 @@ class CheckpointBase:
         conversions: see :meth:`Layout.of_checkpoint`.
         default_dtype: of int8 weights, which record none.
         resized: parameters that a live model replaces, so that their stored shape need not be the model's.
+        through: which weights are handed out as a quantized load would hold them; None: all are as they are stored.
 
     Raises:
         CheckpointError: a shard is torn, a tensor lies in two shards, or a parameter is missing or of another shape.
@@ -66,6 +68,7 @@ class CheckpointBase:
         conversions: list[Any] | None,
         default_dtype: torch.dtype,
         resized: Container[str] = (),
+        through: RoundTrip | None = None,
     ) -> None:
         self.shards = list(shards)
         self._home: dict[str, Shard] = {}
@@ -86,6 +89,15 @@ class CheckpointBase:
         for slot in self.slots:
             if not any(param in resized for param in slot.params):
                 self._check_shape(slot, skeleton)
+        self._through = through
+        self._rounded = self._names_through(through) if through is not None else frozenset()
+
+    def _names_through(self, through: RoundTrip) -> frozenset[str]:
+        names = {slot.params[0]: slot.stored[0] for slot in self.slots if slot.conversion is None and slot.params}
+        unknown = sorted(through.params - names.keys())
+        if unknown:
+            raise CheckpointError(f"{unknown[0]!r} was quantized in training, and the base does not hold it as it is.")
+        return frozenset(names[param] for param in through.params)
 
     def _info(self, name: str, default: torch.dtype) -> TensorInfo:
         info = self._home[name].infos[name]
@@ -112,6 +124,8 @@ class CheckpointBase:
         if name in self.quantized:
             info = self.infos[name]
             return quantized.dequantize(value, self._parts(name), device).to(info.dtype).reshape(info.shape)
+        if self._through is not None and name in self._rounded:
+            return self._through(value.to(device))
         return value
 
     def params(self, slot: Slot, device: torch.device) -> dict[str, torch.Tensor]:
@@ -130,7 +144,7 @@ class CheckpointBase:
 
     def file_of(self, name: str) -> Shard | None:
         """See :class:`Base`."""
-        return None if name in self.quantized else self._home[name]
+        return None if name in self.quantized or name in self._rounded else self._home[name]
 
     def prefetch(self, slot: Slot) -> None:
         """See :class:`Base`."""
@@ -141,6 +155,14 @@ class CheckpointBase:
         """See :class:`Base`."""
         for name in slot.stored:
             self._home[name].release(name)
+
+    @property
+    def fetched_at_most(self) -> int:
+        """How many bytes of shards from the Hub may lie on the disk at once: two shards."""
+        sizes = [
+            sum(info.nbytes for info in s.infos.values()) for s in self.shards if not isinstance(s, SafetensorFile)
+        ]
+        return sum(sorted(sizes)[-2:])
 
     @property
     def at_hand(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -156,7 +157,9 @@ def write_card(folder: Path, report: MergeReport, library: str, title: str) -> N
     """
     base = report.base if report.base and not Path(report.base).is_absolute() else None
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
-    lines += [f"base_model: {base}"] if base else []
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    named = [name for name in report.data if _is_hub_id(name)]
+    lines += ["datasets:", *(f"- {json.dumps(name)}" for name in named)] if named else []
     lines += [
         "tags:",
         "- fvlm",
@@ -174,8 +177,17 @@ def write_card(folder: Path, report: MergeReport, library: str, title: str) -> N
             f"`{base or name}` with {_adapters_text(report)}, written by fvlm-export as `{report.save_method}`."
         )
         lines += ["", f"Merged onto: {report.merged_onto}. {report.why}"]
+    if report.data:
+        lines += ["", f"Trained on: {', '.join(f'`{name}`' for name in report.data)}."]
+    if report.metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.6g} |" for name, value in report.metrics.items()]
     lines += ["", f"Versions: {', '.join(f'{k} {v}' for k, v in report.versions.items())}.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).suffix and not Path(name).exists()
 
 
 def _adapters_text(report: MergeReport) -> str:

@@ -18,7 +18,7 @@ from fvlm_export.compute import Merger
 from fvlm_export.four_bit import modules_to_quantize, quantization_config
 from fvlm_export.plan import Plan, make_plan
 from fvlm_export.probe import probe
-from fvlm_export.record import MergeReport, versions
+from fvlm_export.record import NO_TRAINING, MergeReport, Training, versions
 from fvlm_export.resume import Journal, merge_key
 from fvlm_export.safetensor_writer import WrittenFile
 from fvlm_export.task import DEQUANTIZED, LIVE, Task
@@ -38,6 +38,7 @@ class Options:
     dtype: torch.dtype | None
     verify: bool
     progress: bool
+    training: Training = NO_TRAINING
 
 
 @torch.no_grad()
@@ -81,6 +82,8 @@ def build(
     base_print = fingerprint(task.base.shards) if isinstance(task.base, CheckpointBase) else None
     journal = Journal(folder, _key(task, plan, options, base_print))
     needed = max(sum(item.nbytes for item in shard) for shard in plan.shards) if sink is not None else plan.total
+    if isinstance(task.base, CheckpointBase):
+        needed += task.base.fetched_at_most
     check_space(folder, needed - sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     merger = Merger(task.base, task.live_values, task.device)
     with _full_precision():
@@ -94,7 +97,7 @@ def build(
     report = MergeReport(
         save_method=options.save_method,
         base=task.source.name if task.source else None,
-        base_revision=task.source.revision if task.source else None,
+        base_revision=task.revision or (task.source.revision if task.source else None),
         base_fingerprint=base_print,
         merged_onto=task.onto,
         why=task.why,
@@ -105,6 +108,8 @@ def build(
         untied=list(plan.untied),
         files={file.name: file.sha256 for file in files},
         verified=verified,
+        data=list(options.training.data or task.training.data),
+        metrics=dict(options.training.metrics or task.training.metrics),
         versions=versions(),
     )
     beside.write_card(folder, report, "transformers", title)
@@ -154,7 +159,13 @@ def _key(task: Task, plan: Plan, options: Options, base_print: str | None) -> st
     """Return what identifies the merge; None where values come from memory, which a later run could not be sure of."""
     if base_print is None or task.live is not None:
         return None
-    facts = {"base": base_print, "method": options.save_method, "device": task.device.type, **versions()}
+    facts = {
+        "base": base_print,
+        "onto": task.why,
+        "method": options.save_method,
+        "device": task.device.type,
+        **versions(),
+    }
     return merge_key(plan, task.changes, facts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,15 @@ import torch
 
 from fvlm_core.checkpoint import Source, find_source, read_config
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
+from fvlm_core.precision import Precision, choose_dtype
 from fvlm_export.adapter_folder import WEIGHTS, is_adapter, place_adapters, read_adapter_config
+from fvlm_export.adapter_note import NOTE, read_note
 from fvlm_export.adapters import base_changing, changes_of
 from fvlm_export.base_check import fingerprint
 from fvlm_export.bases import CheckpointBase
 from fvlm_export.changes import Change
-from fvlm_export.record import FILE, read_report
+from fvlm_export.quantized import RoundTrip
+from fvlm_export.record import Training
 from fvlm_export.remote import Shard, open_shards
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.skeleton import skeleton_of
@@ -38,7 +42,8 @@ def task_from_folder(
 
     Args:
         folder: an adapter, or a model.
-        base: None or ``"original"``: the base that the adapter names; else a folder or Hub id.
+        base: None or ``"original"``: the base that the adapter names; ``"dequantized"``: the same as training held it;
+            else a folder or Hub id.
         adapters: see :func:`fvlm_export.save.save_pretrained_merged`.
         token: for a base on the Hub.
         trust_remote_code: whether the base may bring its own model class.
@@ -49,16 +54,22 @@ def task_from_folder(
         CheckpointError: a folder is missing or torn, or adapter and base do not fit.
         ExportError: the base has the right shapes and is not the one that the adapter was trained on.
     """
-    if base is not None and str(base) in (DEQUANTIZED, LIVE):
-        raise ConfigError(
-            f"base={str(base)!r} needs the live model: a folder does not hold what training saw; pass the model."
-        )
+    if base is not None and str(base) == LIVE:
+        raise ConfigError("base='live' needs the live model; pass it, or leave base out.")
+    dequantized = base is not None and str(base) == DEQUANTIZED
+    base = None if dequantized else base
     folders = _adapter_folders(folder, adapters)
     source = _base_of(folder, folders, base, token)
     raw = read_config(source, trust_remote_code)
-    skeleton = skeleton_of(_load_config(source, trust_remote_code), trust=trust_remote_code)
+    config = _load_config(source, trust_remote_code)
+    commit = vars(config).get("_commit_hash") if source.folder is None else None
+    if commit is not None:
+        source = replace(source, revision=commit)  # whatever is pushed there meanwhile
+    skeleton = skeleton_of(config, trust=trust_remote_code)
     shards = open_shards(source, scratch)
-    checkpoint = CheckpointBase(shards, skeleton, None, config_dtype(raw, torch.float16))
+    default = config_dtype(raw, torch.float16)
+    through = _round_trip(folder, folders) if dequantized and not raw.get("quantization_config") else None
+    checkpoint = CheckpointBase(shards, skeleton, None, default, through=through)
     changes: dict[str, list[Change]] = {}
     facts: dict[str, dict[str, Any]] = {}
     if folders:
@@ -70,12 +81,65 @@ def task_from_folder(
         for param, own in changes_of(placed.model, {name: folders[path] for name, path in names.items()}).items():
             changes[param] = [*changes.get(param, []), *own]
         facts = {path.name: {"weight": weight, "sha256": sha256_of(path / WEIGHTS)} for path, weight in folders.items()}
-    if checkpoint.quantized:
+    if through is not None:
+        onto = DEQUANTIZED
+        why = f"base='dequantized' was asked for: the base quantized to {through.bits} bit as in training, dequantized."
+    elif checkpoint.quantized:
         onto, why = DEQUANTIZED, f"{Path(source.name).name} is itself quantized, so its weights are dequantized."
     else:
         onto, why = ORIGINAL, "The base checkpoint is not quantized, so its weights are used as they are."
     files_from = [*(find_source(path) for path in folders), source]
-    return Task(checkpoint, changes, onto, why, raw, source, facts, files_from, trust=trust_remote_code)
+    dtype = None if through is None else through.dtype
+    return Task(
+        checkpoint,
+        changes,
+        onto,
+        why,
+        raw,
+        source,
+        facts,
+        files_from,
+        dtype=dtype,
+        trust=trust_remote_code,
+        revision=commit,
+        training=_training(folders),
+    )
+
+
+def _training(folders: Mapping[Path, float]) -> Training:
+    """Return what the adapters were trained on; metrics only of a single one, since they are of one model."""
+    notes = [read_note(path) for path in folders]
+    data = list(dict.fromkeys(name for note in notes for name in note.data))
+    return Training(data, notes[0].metrics if len(notes) == 1 else {})
+
+
+def _round_trip(folder: Path, folders: Mapping[Path, float]) -> RoundTrip:
+    """Return how the base of the adapters was quantized while they were trained.
+
+    Raises:
+        ConfigError: it was not, or nothing says how, or the adapters do not agree.
+    """
+    notes = {path: read_note(path) for path in folders}
+    for path, note in notes.items():
+        if note.precision is None:
+            raise ConfigError(
+                f"base='dequantized': no {NOTE} in {path} says how the base was quantized in training; merge from the "
+                "live model, or leave base out."
+            )
+    kinds = {(note.precision, note.dtype, tuple(note.quantized)) for note in notes.values()}
+    if len(kinds) != 1:
+        raise ConfigError(
+            f"base='dequantized': {folder} holds no adapter, or the adapters were trained over bases quantized in "
+            "different ways; leave base out."
+        )
+    ((precision, dtype, modules),) = kinds
+    if not modules:
+        raise ConfigError(
+            f"base='dequantized': the adapter in {folder} was trained over weights that were not quantized; leave base "
+            "out."
+        )
+    params = frozenset(f"{module}.weight" for module in modules)
+    return RoundTrip(4 if precision == Precision.NF4.value else 8, choose_dtype(dtype, torch.device("cpu")), params)
 
 
 def _adapter_folders(folder: Path, adapters: Mapping[str, float] | None) -> dict[Path, float]:
@@ -115,14 +179,13 @@ def _check_adapter(folder: Path, shards: Sequence[Shard], source: Source) -> Non
             f"the adapter in {folder} was initialized with {init!r}, which changed the base weights, and a folder does "
             "not hold those; merge it from the live model."
         )
-    if (folder / FILE).is_file():
-        recorded = read_report(folder).base_fingerprint
-        found = fingerprint(shards)
-        if recorded is not None and found is not None and recorded != found:
-            raise ExportError(
-                f"{source.name!r} is not the base that the adapter in {folder} was trained on: the shapes fit, the "
-                f"weights differ; pass the right one as base=, or delete {FILE} there if this is meant."
-            )
+    recorded = read_note(folder).base_fingerprint
+    found = fingerprint(shards)
+    if recorded is not None and found is not None and recorded != found:
+        raise ExportError(
+            f"{source.name!r} is not the base that the adapter in {folder} was trained on: the shapes fit, the "
+            f"weights differ; pass the right one as base=, or delete {NOTE} there if this is meant."
+        )
 
 
 def _load_config(source: Source, trust: bool) -> PretrainedConfig:

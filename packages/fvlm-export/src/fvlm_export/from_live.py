@@ -24,6 +24,7 @@ from fvlm_export.adapters import adapters_to_merge, changes_base, changes_of
 from fvlm_export.bases import CheckpointBase, LiveBase
 from fvlm_export.layout import conversions_of
 from fvlm_export.live import LiveModel, look_at
+from fvlm_export.resume import hash_of_changes
 from fvlm_export.safetensor_file import SafetensorFile
 from fvlm_export.skeleton import plain_config, skeleton_of
 from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype
@@ -71,10 +72,13 @@ def task_from_model(
         "onto": onto,
         "why": why,
         "source": known,
-        "adapters": {name: {"weight": weight} for name, weight in chosen.items()},
+        "adapters": {name: _facts(live, name, weight) for name, weight in chosen.items()},
         "files_from": [known] if known else [],
         "live": live,
         "trust": origin is not None and origin.trust,
+        "revision": vars(live.base.config).get("_commit_hash")
+        if known and origin and known.name == origin.source
+        else None,
     }
     default = origin.dtype if origin else live.base.dtype
     skeleton = skeleton_of(live.base.config, type(live.base))
@@ -99,6 +103,10 @@ def task_from_model(
     if _resized(checkpoint, values):
         config = _live_config(live)
     return Task(base=checkpoint, config=config, live_values=values, **common)
+
+
+def _facts(live: LiveModel, name: str, weight: float) -> dict[str, Any]:
+    return {"weight": weight, "sha256": hash_of_changes(changes_of(live.base, {name: 1.0}))}
 
 
 def _provenance(live: LiveModel) -> Provenance | None:

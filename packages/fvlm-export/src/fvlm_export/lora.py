@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from fvlm_core.checkpoint import Source, find_source, weight_files
 from fvlm_core.errors import ConfigError, ExportError
 from fvlm_core.origin import origin_of
 from fvlm_export.adapter_folder import CONFIG, WEIGHTS, is_adapter, read_adapter_config
+from fvlm_export.adapter_note import note_of, read_note
 from fvlm_export.base_check import fingerprint
 from fvlm_export.beside import write_card, write_processor
-from fvlm_export.record import MergeReport, versions
+from fvlm_export.record import NO_TRAINING, MergeReport, Training, versions
 from fvlm_export.safetensor_file import SafetensorFile, sha256_of
 
 
-def save_lora(model_or_adapter_dir: Any, folder: Path, title: str, processor: Any) -> None:
+def save_lora(
+    model_or_adapter_dir: Any, folder: Path, title: str, processor: Any, training: Training = NO_TRAINING
+) -> None:
     """Write an adapter with its processor and a model card into a work folder.
 
     Args:
@@ -27,6 +31,7 @@ def save_lora(model_or_adapter_dir: Any, folder: Path, title: str, processor: An
         folder: where.
         title: of the model card.
         processor: saved along; None: what lies beside the adapter or its base.
+        training: for the card; what is empty in it comes from the adapter's note.
 
     Raises:
         ConfigError: there is not exactly one adapter to save in what was given.
@@ -41,9 +46,11 @@ def save_lora(model_or_adapter_dir: Any, folder: Path, title: str, processor: An
         for name in (CONFIG, WEIGHTS):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        note = read_note(source)
         beside.append(find_source(source))
     else:
         _save_live(model_or_adapter_dir, folder)
+        note = note_of(model_or_adapter_dir)
     tensors = _check_finite(folder / WEIGHTS)
     config = read_adapter_config(folder)
     base = config.base_model_name_or_path
@@ -51,18 +58,22 @@ def save_lora(model_or_adapter_dir: Any, folder: Path, title: str, processor: An
     if known is not None:
         beside.append(known)
     write_processor(folder, processor, beside)
-    base_print = None
-    if known is not None:
-        base_print = fingerprint([SafetensorFile(path) for path in weight_files(known)])
+    if note.base_fingerprint is None and known is not None:
+        files = [SafetensorFile(path) for path in weight_files(known)]
+        note = replace(note, base=base, base_revision=config.revision, base_fingerprint=fingerprint(files))
+    note = replace(note, data=list(training.data) or note.data, metrics=dict(training.metrics) or note.metrics)
+    note.write(folder)
     report = MergeReport(
         save_method="lora",
         base=base,
         base_revision=config.revision,
         merged_onto="none",
         why="The adapter is saved as it is.",
-        base_fingerprint=base_print,
+        base_fingerprint=note.base_fingerprint,
         tensors=tensors,
         files={WEIGHTS: sha256_of(folder / WEIGHTS)},
+        data=note.data,
+        metrics=note.metrics,
         versions=versions(),
     )
     write_card(folder, report, "peft", title)

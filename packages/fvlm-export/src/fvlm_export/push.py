@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from fvlm_export.build import Options
 from fvlm_export.hub import HubRepo
 from fvlm_export.plan import parse_size
-from fvlm_export.record import FILE, check_files, read_report
+from fvlm_export.record import FILE, Training, check_files, read_report
 from fvlm_export.save import Job, parse_dtype
 from fvlm_export.work_folder import LOCK, SCRATCH, WorkFolder
 
@@ -22,8 +22,8 @@ def push_to_hub_merged(
     model_or_adapter_dir: Any,
     repo_id: str,
     processor: Any = None,
-    *,
     save_method: str = "merged_16bit",
+    *,
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -36,6 +36,8 @@ def push_to_hub_merged(
     progress: bool = True,
     adapters: Mapping[str, float] | None = None,
     trust_remote_code: bool = False,
+    data: Sequence[str] = (),
+    metrics: Mapping[str, float] | None = None,
     working_dir: str | os.PathLike[str] | None = None,
     delete_uploaded: bool = False,
 ) -> str:
@@ -63,6 +65,9 @@ def push_to_hub_merged(
         progress: show progress bars.
         adapters: which adapters, with their weights.
         trust_remote_code: allow a base to bring its own model class, when merging from folders.
+        data: what it was trained on, for the model card: ids of Hub datasets, or any names. Empty: what is noted beside
+            the adapter.
+        metrics: metric → value, for the model card; None: what is noted beside the adapter.
         working_dir: where the result is built before it is sent; None: the system's temporary folder.
         delete_uploaded: send each shard as soon as it is proved and delete it here, so that the disk never holds more
             than one; the last proof, a reload of the whole, is then left out.
@@ -76,11 +81,20 @@ def push_to_hub_merged(
         ExportError: the result could not be made, or the Hub refused it; nothing was committed.
     """
     job = Job(model_or_adapter_dir, processor, save_method, base, adapters, token, trust_remote_code)
-    options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress)
+    training = Training(data, metrics or {})
+    options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress, training)
     repo = HubRepo(repo_id, token=token, revision=revision, create_pr=create_pr)
     repo.open(private)
     message = commit_message or f"Upload model with fvlm-export ({save_method})"
-    if _is_finished(model_or_adapter_dir, options, processor=processor, base=base, adapters=adapters):
+    if _is_finished(
+        model_or_adapter_dir,
+        options,
+        processor=processor,
+        base=base,
+        adapters=adapters,
+        metrics=metrics,
+        data=data or None,
+    ):
         finished = Path(model_or_adapter_dir).expanduser()
         check_files(finished)
         return _send(repo, finished, message, save_method)

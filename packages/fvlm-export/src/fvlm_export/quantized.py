@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,34 @@ def dequantize(weight: torch.Tensor, parts: Mapping[str, torch.Tensor], device: 
     named = {name[name.index(".weight.") + 1 :]: value.clone() for name, value in parts.items()}
     state = functional.QuantState.from_dict(named, device=device)
     return functional.dequantize_4bit(weight.to(device), state)
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Weights as a quantized load holds them: quantized and dequantized.
+
+    Attributes:
+        bits: 4 (NF4 with double quantization) or 8.
+        dtype: that the weights were loaded in, and that they are dequantized to.
+        params: names of the parameters that are quantized.
+    """
+
+    bits: int
+    dtype: torch.dtype
+    params: frozenset[str]
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        """Return what is left of a weight, in :attr:`dtype`."""
+        from bitsandbytes import functional
+
+        if self.bits == 8:
+            packed, scales, _ = functional.int8_vectorwise_quant(value.to(torch.float16))
+            restored: torch.Tensor = functional.int8_vectorwise_dequant(packed, scales).to(self.dtype)
+            return restored
+        packed, state = functional.quantize_4bit(
+            value.to(self.dtype).contiguous(), compress_statistics=True, quant_type="nf4"
+        )
+        return functional.dequantize_4bit(packed, state)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,41 @@ FILE = "fvlm_export.json"
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a model card says of the training.
+
+    Attributes:
+        data: names of what was trained on: ids of Hub datasets, or names of files.
+        metrics: metric → value.
+    """
+
+    data: Sequence[str] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+NO_TRAINING = Training()
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """How a folder came to be, and what was measured before it was announced.
 
     Attributes:
         save_method: ``merged_16bit``, ``merged_4bit`` or ``lora``.
         base: folder name or Hub id of the base checkpoint; None: a live model of unknown origin.
-        base_revision: the Hub revision asked for.
+        base_revision: the commit on the Hub, as far as it is known; else the revision asked for.
         merged_onto: ``original`` (the checkpoint's weights), ``dequantized`` or ``live``; ``none`` for ``lora``.
         why: one sentence on that choice.
         base_fingerprint: see :func:`fvlm_export.base_check.fingerprint`; None: the base lived in memory.
-        adapters: adapter → its weight, and for folders the SHA-256 of its file.
+        adapters: adapter → its weight, and the SHA-256 of its file or, from a live model, of its values.
         tensors: tensors written.
         merged: how many of them an adapter changed.
         overridden: parameters whose value was taken from the live model, because it differed from the base's.
         untied: parameters that share a tensor in the base and have their own here.
         files: file → its SHA-256.
         verified: what was proved, with the errors measured; empty: verification was turned off.
+        data: what it was trained on, as far as that was said.
+        metrics: metric → value, likewise.
         versions: of the packages that did it.
     """
 
@@ -47,6 +66,8 @@ class MergeReport:
     untied: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     verified: dict[str, Any] = field(default_factory=dict)
+    data: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:

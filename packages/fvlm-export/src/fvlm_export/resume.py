@@ -78,6 +78,13 @@ def merge_key(plan: Plan, changes: Mapping[str, list[Change]], facts: Mapping[st
         for item in shard:
             digest.update(repr((item.outputs, item.copy_of)).encode())
         digest.update(b"|")
+    digest.update(hash_of_changes(changes).encode())
+    return digest.hexdigest()
+
+
+def hash_of_changes(changes: Mapping[str, list[Change]]) -> str:
+    """Return a hash of everything that adapters do: which parameters they change, in what form, by which values."""
+    digest = hashlib.sha256()
     for param in sorted(changes):
         for change in changes[param]:
             digest.update(f"{param}{type(change).__name__}".encode())

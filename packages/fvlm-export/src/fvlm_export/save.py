@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fvlm_export.from_folder import task_from_folder
 from fvlm_export.from_live import task_from_model
 from fvlm_export.lora import save_lora
 from fvlm_export.plan import parse_size
+from fvlm_export.record import Training
 from fvlm_export.task import Task
 from fvlm_export.work_folder import SCRATCH, WorkFolder
 
@@ -26,8 +27,8 @@ def save_pretrained_merged(
     model_or_adapter_dir: Any,
     output_dir: str | os.PathLike[str],
     processor: Any = None,
-    *,
     save_method: str = "merged_16bit",
+    *,
     max_shard_size: str | int = "5GB",
     base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -37,6 +38,8 @@ def save_pretrained_merged(
     adapters: Mapping[str, float] | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    data: Sequence[str] = (),
+    metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Save a model so that it can be served.
 
@@ -50,7 +53,7 @@ def save_pretrained_merged(
         max_shard_size: of one file; bytes, or a text such as ``"5GB"``.
         base: what to merge onto. None: the 16-bit checkpoint if the base was quantized while loading, the dequantized
             weights if the checkpoint itself is quantized, else the weights that the model holds. ``"original"``,
-            ``"dequantized"`` (exactly what training saw), or a folder or Hub id.
+            ``"dequantized"`` (exactly what training saw; for a folder as its note says), or a folder or Hub id.
         dtype: of all floating-point weights; None: as in the base.
         verify: prove the result before it appears.
         progress: show a progress bar.
@@ -59,6 +62,9 @@ def save_pretrained_merged(
             None: the active ones of a live model, or the one folder, with weight 1.
         token: for a base on the Hub; it is never stored.
         trust_remote_code: allow a base to bring its own model class, when merging from folders.
+        data: what it was trained on, for the model card: ids of Hub datasets, or any names. Empty: what is noted beside
+            the adapter.
+        metrics: metric → value, for the model card; None: what is noted beside the adapter.
 
     Returns:
         The output folder.
@@ -69,7 +75,8 @@ def save_pretrained_merged(
         ExportError: the result could not be written or proved; nothing was left behind.
     """
     job = Job(model_or_adapter_dir, processor, save_method, base, adapters, token, trust_remote_code)
-    options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress)
+    training = Training(data, metrics or {})
+    options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress, training)
     output = Path(output_dir).expanduser().absolute()
     with WorkFolder(output, overwrite=overwrite) as work:
         job.run(work.path, output.name, options)
@@ -110,7 +117,7 @@ class Job:
         if self._method == "lora":
             if options.dtype is not None:
                 raise ConfigError("save_method='lora' saves the adapter in its own dtype; leave dtype= out.")
-            save_lora(self._model, folder, title, self._processor)
+            save_lora(self._model, folder, title, self._processor, options.training)
         else:
             build(self._task(folder / SCRATCH), folder, title, self._processor, options, sink)
 

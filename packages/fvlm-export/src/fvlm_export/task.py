@@ -14,6 +14,7 @@ from fvlm_core.checkpoint import Source
 from fvlm_export.bases import Base
 from fvlm_export.changes import Change
 from fvlm_export.live import LiveModel
+from fvlm_export.record import NO_TRAINING, Training
 
 ORIGINAL, DEQUANTIZED, LIVE = "original", "dequantized", "live"
 
@@ -35,6 +36,8 @@ class Task:
         live_values: see :class:`fvlm_export.compute.Merger`.
         dtype: the floating dtype of the output where the caller asks for none; None: each tensor keeps its own.
         trust: whether the base may bring its own model class.
+        revision: the base's commit on the Hub, where it is known.
+        training: what the adapters' notes say of their training.
     """
 
     base: Base
@@ -49,6 +52,8 @@ class Task:
     live_values: dict[str, torch.Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     trust: bool = False
+    revision: str | None = None
+    training: Training = NO_TRAINING
 
     @property
     def device(self) -> torch.device:

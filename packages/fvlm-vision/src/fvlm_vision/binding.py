@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from fvlm_vision.processes import is_first_process
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from peft import PeftModel
@@ -24,11 +24,30 @@ def bind_methods(model: PreTrainedModel | PeftModel) -> None:
 
     A PeftModel needs its own: those of the model it wraps would save that model alone.
     """
+    from peft import PeftModel
+
     methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged]
+    if isinstance(model, PeftModel):
+        methods.append(save_pretrained)
     if not hasattr(model, "print_trainable_parameters"):  # PEFT's models bring it
         methods.append(print_trainable_parameters)
     for method in methods:
         vars(model)[method.__name__] = MethodType(method, model)
+
+
+def save_pretrained(
+    model: PeftModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+) -> None:
+    """Save the adapter as PEFT does, with a note of what it was trained over; see `fvlm_export.AdapterNote`."""
+    from fvlm_export import note_of
+
+    type(model).save_pretrained(model, os.fspath(save_directory), is_main_process=is_main_process, **options)
+    if is_main_process:
+        root = Path(save_directory)
+        for name in options.get("selected_adapters") or model.peft_config:
+            folder = root if name == "default" else root / name  # where PEFT puts it
+            if folder.is_dir():
+                note_of(model).write(folder)
 
 
 def save_pretrained_merged(

@@ -128,17 +128,20 @@ class Bench:
             if turn == 2:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
+            part = "the forward pass"
             try:
                 with torch.autocast("cuda", torch.bfloat16):
                     loss = model(**batch, use_cache=False, num_items_in_batch=count).loss
+                part = "the backward pass"
                 loss.backward()
+                part = "the optimizer"
                 trainer._clip_grad_norm(model)
                 optimizer.step()
                 optimizer.zero_grad()
             except RuntimeError as error:
                 if turn != 2:
                     raise
-                found = str(error).splitlines()[0]
+                found = f"{part}: {str(error).splitlines()[0]}"
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return found

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fvlm_core import CheckpointError, ConfigError, Precision, load_model
+from fvlm_core.fused import fusion_report
 
 
 @pytest.fixture
@@ -209,6 +210,20 @@ def test_under_torchrun_each_process_enters_its_gpu_and_says_so(monkeypatch, cap
         enter_device({"": torch.device("cuda", 1)})
     assert entered == [1, 1]
     assert caplog.messages == ["Process 3 of 4: the whole model goes to cuda:1."] * 2
+
+
+def test_a_model_on_several_devices_is_not_fused_and_says_so(copy, tmp_path, caplog):
+    modules = load_model(copy, precision=Precision.HALF).model.language_model._modules
+    places = {"model.visual": "disk", "lm_head": "cpu", **{f"model.language_model.{name}": "cpu" for name in modules}}
+    options = {"precision": Precision.HALF, "device_map": places, "offload_folder": tmp_path / "offloaded"}
+    with caplog.at_level("INFO", "fvlm_core.load"):
+        model = load_model(copy, **options)
+    assert "The model lies on cpu, meta: its layers are neither fused nor CUDA graphs." in caplog.messages
+    assert fusion_report(model).fused == {}
+    with pytest.raises(ConfigError, match="fused_layers=True cannot be had for a model that lies on cpu, meta"):
+        load_model(copy, fused_layers=True, **options)
+    with pytest.raises(ConfigError, match="memory_budget=2 has nothing to plan"):
+        load_model(copy, memory_budget=2, **options)
 
 
 def test_an_id_that_the_hub_does_not_give(monkeypatch):

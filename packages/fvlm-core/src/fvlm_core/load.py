@@ -73,7 +73,7 @@ def load_model(
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run model code that the checkpoint brings along.
         fused_layers: run fused layers in the place of the model's own (`fvlm_core.fused`); None: where the whole model
-            lies on a GPU.
+            lies on one GPU.
         memory_budget: GiB of device memory that may be allocated in all while ``use_gradient_checkpointing="auto"``
             chooses what layers keep; None: what is free, less a reserve (`fvlm_core.graphs.room`).
         **kwargs: options of transformers' ``from_pretrained``: those of `HUB_OPTIONS` and `MODEL_OPTIONS`.
@@ -129,22 +129,26 @@ def _speed_up(model: PreTrainedModel, fused_layers: bool | None, graphs: LayerGr
     """Fuse a model's layers and let them be recorded, as asked for and as far as where it lies allows.
 
     Raises:
-        ConfigError: there is a budget for recordings, and none can be made.
+        ConfigError: fused layers or a budget for recordings are asked for, and cannot be had.
     """
-    devices = {p.device for p in model.parameters()}
-    on_gpu = all(device.type == "cuda" for device in devices)
-    if fused_layers is True or (fused_layers is None and on_gpu):
+    devices = sorted({str(p.device) for p in model.parameters()})
+    on_gpu = len(devices) == 1 and model.device.type == "cuda"
+    if len(devices) > 1:
+        # accelerate hooks every module of such a model, and a hooked module keeps its forward.
+        if fused_layers is True:
+            raise ConfigError(
+                f"fused_layers=True cannot be had for a model that lies on {', '.join(devices)}: leave it out, or load "
+                "the model onto one device."
+            )
+        logger.info("The model lies on %s: its layers are neither fused nor CUDA graphs.", ", ".join(devices))
+    elif fused_layers is True or (fused_layers is None and on_gpu):
         logger.info("%s", fuse_model(model).summary)
-    if on_gpu and len(devices) == 1 and fused_layers is not False:
+    if on_gpu and fused_layers is not False:
         use_graphs(model, graphs)
     elif budget is not None:
         raise ConfigError(
             f"memory_budget={budget!r} has nothing to plan: layers keep what they compute only as CUDA graphs, "
             "which need fused layers and a model that lies on one GPU as a whole; leave it out."
-        )
-    elif on_gpu and len(devices) > 1:
-        logger.info(
-            "The model lies on %d GPUs, one after another: its layers are not run as CUDA graphs.", len(devices)
         )
 
 

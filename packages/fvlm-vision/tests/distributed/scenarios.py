@@ -52,6 +52,16 @@ def mixed(number: int) -> dict[str, Any]:
     return sample(number, image=number not in (2, 3, 4, 5, 8, 9, 10, 11))
 
 
+def trained(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def starting(model: Any) -> list[torch.Tensor]:
+    """What adapters start from: nowhere zero, so that every matrix has a gradient from the first step on."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(parameter.shape, generator=generator) * 0.05 for parameter in trained(model)]
+
+
 def train(
     checkpoint: Path,
     scratch: Path,
@@ -69,11 +79,9 @@ def train(
     if graphs is not None:
         use_graphs(model, graphs)
     model = FastVisionModel.get_peft_model(model, **{"r": 4, "lora_alpha": 8, **(adapt or {})})
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        for parameter, value in zip(trained(model), starting(model), strict=True):
+            parameter.copy_(value)
     batch = settings.pop("per_device_train_batch_size", PER_RANK) * (2 if WORLD == 1 else 1)
     given = {
         "output_dir": str(scratch),
@@ -112,7 +120,7 @@ def found(trainer: FastVisionTrainer, **more: Any) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "norms": [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry],
         "accuracies": [entry["mean_token_accuracy"] for entry in history if "loss" in entry],
-        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
+        "weights": {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
         **more,
     }
 
@@ -170,8 +178,10 @@ def on_gpus(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     )
     running = graphs_of(trainer.model)
     devices = sorted({p.device.index for p in trainer.model.parameters()})
+    pairs = zip(trained(trainer.model), starting(trainer.model), strict=True)
+    moved = torch.cat([(parameter.detach().cpu() - value).flatten() for parameter, value in pairs])
     flat = trainer._flat is not None
-    return found(trainer, recorded=running.recorded, replayed=running.replayed, devices=devices, flat=flat)
+    return found(trainer, recorded=running.recorded, replayed=running.replayed, devices=devices, flat=flat, moved=moved)
 
 
 def skipped(checkpoint: Path, scratch: Path) -> dict[str, Any]:

@@ -25,10 +25,9 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _turn(q: torch.Tensor, k: torch.Tensor, tables: Pair, backward: bool, outs: Pair) -> None:
-    (cos, sin), (q_out, k_out) = tables, (_heads_first(x) for x in outs)
-    rotate_into(
-        _heads_first(q), _heads_first(k), cos[None, None], sin[None, None], (), False, False, backward, q_out, k_out
-    )
+    cos, sin = (table[None, None] for table in tables)
+    q_out, k_out = (_heads_first(x) for x in outs)
+    rotate_into(_heads_first(q), _heads_first(k), (cos, sin), ((), False, False, backward), (q_out, k_out))
 
 
 def _packed_fwd(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -205,23 +205,15 @@ def _rotary(
 ) -> Pair:
     """Launch; q and k are ``(B, H, S, D)``, cos and sin ``(1 or 3, B or 1, S, R or R/2)``."""
     q_out, k_out = torch.empty_like(q, dtype=out_dtype), torch.empty_like(k, dtype=out_dtype)
-    rotate_into(q, k, cos, sin, sections, interleaved, round_products, backward, q_out, k_out)
+    rotate_into(q, k, (cos, sin), (sections, interleaved, round_products, backward), (q_out, k_out))
     return q_out, k_out
 
 
 def rotate_into(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    sections: Sequence[int],
-    interleaved: bool,
-    round_products: bool,
-    backward: bool,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, tables: Pair, how: tuple[Sequence[int], bool, bool, bool], outs: Pair
 ) -> None:
     """Launch as `_rotary` does, into given memory of q's and k's shapes whose last dimension is dense."""
+    (cos, sin), (q_out, k_out), (sections, interleaved, round_products, backward) = tables, outs, how
     q, k, cos, sin = _dense_last(q), _dense_last(k), cos.contiguous(), sin.contiguous()
     batch, heads, length, width = q.shape
     half = sum(sections) or cos.shape[-1] // 2

@@ -116,6 +116,9 @@ def _data(found: Estimate, card: Gpu | None, opened: Opened) -> dict[str, Any]:
     from dataclasses import asdict
 
     shapes = found.shapes
+    memory_gib = found.memory.as_data()
+    if found.mode == "auto":
+        memory_gib["needed_keeping_nothing"] = found.least(found.batch).as_data()["needed"]
     data: dict[str, Any] = {
         "model": opened.source.name,
         "model_type": opened.facts.model_type,
@@ -128,7 +131,7 @@ def _data(found: Estimate, card: Gpu | None, opened: Opened) -> dict[str, Any]:
         "rows_looked_at": len(found.loads),
         "longest_row": asdict(found.longest),
         "typical_row": asdict(found.typical),
-        "memory_gib": found.memory.as_data(),
+        "memory_gib": memory_gib,
         "modes_gib": {
             held: {mode: memory.as_data()["needed"] for mode, memory in modes.items()}
             for held, modes in found.modes().items()
@@ -139,7 +142,8 @@ def _data(found: Estimate, card: Gpu | None, opened: Opened) -> dict[str, Any]:
         step = found.step_on(card)
         data["gpu"] = {
             **asdict(card),
-            "fits": found.memory.needed <= card.memory * 2**30,
+            "fits": found.fits(card),
+            "peak_gib": round(found.peak_on(card) / 2**30, 3),
             "largest_batch": found.largest_batch(card),
             "largest_images": found.largest_images(card),
             "step_seconds": step.seconds,
@@ -160,7 +164,8 @@ def _show(console: Console, found: Estimate, card: Gpu | None, data: dict[str, A
         f"{found.batch} a batch, {found.held}, checkpointing {found.mode}"
     )
     for name, value in data["memory_gib"].items():
-        console.print(f"  {name:<10} {value:>9.2f} GiB")
+        if value:
+            console.print(f"  {name.replace('_', ' '):<10} {value:>9.2f} GiB")
     console.print("needed GiB by precision and checkpointing:")
     for held, modes in data["modes_gib"].items():
         console.print(f"  {held:<6} " + ", ".join(f"{mode} {value:.1f}" for mode, value in modes.items()))

@@ -2,7 +2,7 @@
 
 Memory is what the driver leaves to programs (a little under the nominal size). Speed is dense matrix products in
 bfloat16 (float16 where the card has no bfloat16 units) with fp32 accumulation, without sparsity; bandwidth is the
-memory's. Sources: NVIDIA's data sheets of each card.
+memory's.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ class Gpu:
         memory: usable, in GiB.
         tflops: dense half-precision matrix products, in 10¹² operations a second.
         bandwidth: of its memory, in GB/s.
+        source: where the vendor says so; sparse figures are halved.
     """
 
     name: str
     memory: float
     tflops: float
     bandwidth: float
+    source: str
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("b200", 178.0, 2250, 8000),
-        Gpu("h200", 139.7, 989, 4800),
-        Gpu("h100", 79.1, 989, 3350),
-        Gpu("a100", 79.1, 312, 2039),
-        Gpu("a100-40gb", 39.4, 312, 1555),
-        Gpu("l40s", 44.4, 362, 864),
-        Gpu("a6000", 47.4, 155, 768),
-        Gpu("5090", 31.3, 210, 1792),
-        Gpu("4090", 23.5, 165, 1008),
-        Gpu("3090", 23.5, 71, 936),
-        Gpu("a10g", 22.0, 70, 600),
-        Gpu("l4", 22.0, 121, 300),
-        Gpu("v100", 15.7, 112, 900),
-        Gpu("t4", 14.6, 65, 320),
+        Gpu("b200", 178.0, 2250, 8000, "HGX B200, NVIDIA Blackwell Architecture Technical Brief"),
+        Gpu("h200", 139.7, 989, 4800, "H200 Tensor Core GPU data sheet, SXM"),
+        Gpu("h100", 79.1, 989, 3350, "H100 Tensor Core GPU data sheet, SXM"),
+        Gpu("a100", 79.1, 312, 2039, "A100 Tensor Core GPU data sheet, 80 GB SXM"),
+        Gpu("a100-40gb", 39.4, 312, 1555, "A100 Tensor Core GPU data sheet, 40 GB SXM"),
+        Gpu("l40s", 44.4, 362, 864, "L40S data sheet"),
+        Gpu("a6000", 47.4, 155, 768, "RTX A6000, NVIDIA Ampere GA102 Architecture white paper"),
+        Gpu("5090", 31.3, 210, 1792, "GeForce RTX 5090, NVIDIA RTX Blackwell Architecture white paper"),
+        Gpu("4090", 23.5, 165, 1008, "GeForce RTX 4090, NVIDIA Ada Architecture white paper"),
+        Gpu("3090", 23.5, 71, 936, "GeForce RTX 3090, NVIDIA Ampere GA102 Architecture white paper"),
+        Gpu("a10g", 22.0, 70, 600, "Amazon EC2 G5, A10G data sheet"),
+        Gpu("l4", 22.0, 121, 300, "L4 Tensor Core GPU data sheet"),
+        Gpu("v100", 15.7, 125, 900, "V100 Tensor Core GPU data sheet, 16 GB SXM2"),
+        Gpu("t4", 14.6, 65, 320, "T4 Tensor Core GPU data sheet"),
     )
 }
 
@@ -82,4 +84,4 @@ def gpu_here() -> Gpu:
     if not near:
         raise ConfigError(f"--gpu here: the speed of {name} is not known; name one of {', '.join(GPUS)} instead.")
     best = min(near, key=lambda gpu: abs(gpu.memory - memory))
-    return Gpu(name, round(memory, 1), best.tflops, best.bandwidth)
+    return Gpu(name, round(memory, 1), best.tflops, best.bandwidth, best.source)

@@ -1,21 +1,19 @@
 """Bytes on the device, part by part. docs/estimate.md has the formulas, their sources, and what they were held against.
 
 Two ways of computing are told apart. `fused`: what FVLM runs on a GPU for a family with written facts; an MLP saves its
-input and its pre-activations, a norm its input, the loss a chunk of logits. `stock`: plain transformers and PEFT; an
-MLP also saves the activated gate and the product, and the loss the logits of every token.
+input and its pre-activations, a norm its input, the loss a chunk of logits, checkpointed blocks are recordings, and
+adapters lie in one flat parameter a tower. `stock`: plain transformers and PEFT; an MLP also saves the activated gate
+and the product, and the loss the logits of every token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fvlm_cli.estimate.shapes import Block, Shapes
-from fvlm_cli.estimate.workload import Load
+from fvlm_cli.estimate.activations import Batch, Mode, activations
+from fvlm_cli.estimate.shapes import Shapes
 
-Mode = Literal["none", "recompute", "offload"]
-MODES: tuple[Mode, ...] = ("none", "recompute", "offload")
 Held = Literal["4bit", "8bit", "16bit", "full"]
 
 GIB = 2**30
@@ -24,11 +22,13 @@ GIB = 2**30
 # weights; a 32-bit scale for 256 of these.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 LOGITS_CHUNK = 2**28  # fvlm_kernels.linear_cross_entropy's buffer
-RESERVE = 0.8 * GIB  # the CUDA context, cuBLAS workspaces and what the allocator cannot use
+WORKSPACES = 4 * 2**25  # cuBLAS: 32 MiB for each of two threads (forward, backward) on each of two streams
+RESERVE = 0.8 * GIB  # the CUDA context and what the allocator cannot use
 
 # States of each parameter. In 8 bit (Dettmers et al., 2022) one takes a byte, and 256 of them a 32-bit scale.
 _EIGHT_BIT = 1 + 4 / 256
 _STATES = {"adamw": 2, "adam": 2, "lamb": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 1}
+_FLAT = ("adamw", "adam", "sgd")  # optimizers that work on flat parameters (fvlm_vision.flat_optimizer)
 
 
 @dataclass(frozen=True)
@@ -38,84 +38,111 @@ class Memory:
     Attributes:
         weights: of the base model.
         adapters: of what is trained beside it.
-        gradients: of what is trained.
+        copies: of the adapters in the dtype of computation, which recordings read.
+        gradients: of what is trained, each parameter's and those that the flat ones gather.
         optimizer: its states.
-        inputs: pixels and token ids of a batch.
+        inputs: pixels and token ids of a step's batches.
+        stages: the fixed memory of recordings.
+        workspaces: of cuBLAS.
+        passing: hidden states between blocks.
         kept: activations kept from forward to backward.
         working: of the part of the step that needs most beside what is kept: a block's recomputation and backward.
         logits: the same for the loss; the larger of the two counts.
         buffers: dequantized weights.
         host: pinned host memory, beside the device's.
+        recorded: whether `working` is the memory of recordings, which nothing else can use.
     """
 
-    weights: float
-    adapters: float
-    gradients: float
-    optimizer: float
-    inputs: float
-    kept: float
-    working: float
-    logits: float
-    buffers: float
+    weights: float = 0.0
+    adapters: float = 0.0
+    copies: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    inputs: float = 0.0
+    stages: float = 0.0
+    workspaces: float = 0.0
+    passing: float = 0.0
+    kept: float = 0.0
+    working: float = 0.0
+    logits: float = 0.0
+    buffers: float = 0.0
     host: float = 0.0
+    recorded: bool = False
+
+    @property
+    def _standing(self) -> float:
+        state = self.weights + self.adapters + self.copies + self.gradients + self.optimizer
+        return state + self.inputs + self.stages + self.workspaces + self.passing + self.kept + self.buffers
 
     @property
     def peak(self) -> float:
         """What PyTorch's allocator reports as its maximum."""
-        static = self.weights + self.adapters + self.gradients + self.optimizer
-        return static + self.inputs + self.kept + max(self.working, self.logits) + self.buffers
+        return self._standing + max(self.working, self.logits)
 
     @property
     def needed(self) -> float:
         """What a card must have."""
-        return self.peak + RESERVE
+        both = self.working + self.logits if self.recorded else max(self.working, self.logits)
+        return self._standing + both + RESERVE
 
     def as_data(self) -> dict[str, float]:
         """Return the parts in GiB."""
-        found = {name: round(value / GIB, 3) for name, value in asdict(self).items()}
+        found = {name: round(value / GIB, 3) for name, value in asdict(self).items() if name != "recorded"}
         return {**found, "peak": round(self.peak / GIB, 3), "needed": round(self.needed / GIB, 3)}
 
 
-def memory(
-    shapes: Shapes,
-    rows: Sequence[Load],
-    *,
-    held: Held,
-    mode: Mode,
-    optim: str,
-    fused: bool,
-    rank: int,
-    itemsize: int = 2,
-) -> Memory:
-    """Return what a step of one batch needs.
+@dataclass(frozen=True)
+class Way:
+    """How a run holds and trains a model.
 
-    Args:
-        shapes: of the model with its adapters.
-        rows: of the batch; they are padded to the longest.
+    Attributes:
         held: how the base weights are held.
         mode: of gradient checkpointing.
         optim: as in transformers.
         fused: whether FVLM's fused layers and loss run.
-        rank: of the adapters.
+        accumulation: batches a step, all of which are on the device.
         itemsize: bytes of an activation and of an unquantized weight.
     """
-    tokens = {"language": len(rows) * max(row.tokens for row in rows), "vision": sum(row.patches for row in rows)}
-    learned = sum(row.learned for row in rows)
-    static = weights(shapes, held, itemsize)
+
+    held: Held
+    mode: Mode
+    optim: str
+    fused: bool
+    accumulation: int = 1
+    itemsize: int = 2
+
+
+def memory(shapes: Shapes, batch: Batch, way: Way) -> Memory:
+    """Return what a step needs.
+
+    Args:
+        shapes: of the model with its adapters.
+        batch: one of the step's batches.
+        way: how the model is held and trained.
+    """
+    itemsize, held, fused = way.itemsize, way.held, way.fused
+    recorded = fused and way.mode != "none"
+    found = activations(shapes, batch, way.mode, fused=fused, rank=shapes.rank, itemsize=itemsize)
     trained_bytes = itemsize if held == "full" else 4  # adapters are fp32, whatever the base is in
-    kept, working, host = activations(shapes, tokens, mode, fused=fused, rank=rank, itemsize=itemsize)
+    adapters = 0.0 if held == "full" else shapes.trained * 4.0
+    flat = fused and held != "full" and way.optim.lower().startswith(_FLAT)
     quantized = held in ("4bit", "8bit")
     return Memory(
-        weights=static,
-        adapters=0.0 if held == "full" else shapes.trained * 4.0,
-        gradients=float(shapes.trained * trained_bytes),
-        optimizer=optimizer(shapes, optim, trained_bytes),
-        inputs=sum(row.pixels for row in rows) * 4.0 + tokens["language"] * 8.0 * 4,
-        kept=kept,
-        working=working,
-        logits=logits(shapes, tokens["language"], learned, fused=fused, itemsize=itemsize),
+        weights=weights(shapes, held, itemsize),
+        adapters=adapters,
+        copies=shapes.trained * float(itemsize) if recorded and held != "full" else 0.0,
+        gradients=float(shapes.trained * trained_bytes) * (2 if flat else 1),
+        optimizer=optimizer(shapes, way.optim, trained_bytes),
+        inputs=_inputs(batch, way),
+        stages=found.stages,
+        workspaces=float(WORKSPACES),
+        passing=found.passing,
+        kept=found.kept,
+        working=found.working,
+        logits=logits(shapes, batch, fused=fused, itemsize=itemsize) + found.between,
         buffers=shapes.largest * itemsize if quantized else 0.0,
-        host=host,
+        host=found.host,
+        recorded=recorded,
     )
 
 
@@ -140,59 +167,18 @@ def optimizer(shapes: Shapes, optim: str, itemsize: int) -> float:
     return float(states * shapes.trained * itemsize)
 
 
-def saved(block: Block, rank: int, fused: bool) -> int:
-    """Return the numbers that one block saves for backward, a token."""
-    norms = (block.norms + 2) * block.hidden  # their inputs, and the inputs of attention and MLP that two of them make
-    attention = 2 * block.query + block.values
-    if block.head_norms:
-        attention += block.query + block.values // 2
-    if block.joint:
-        attention += 2 * block.query  # rotated copies of queries and keys beside the joint product
-    inner = 2 if block.gated else 1
-    if not fused:
-        inner += 2 if block.gated else 1
-    return norms + attention + inner * block.inner + rank * block.ranks
+def _inputs(batch: Batch, way: Way) -> float:
+    """Return the bytes of a step's batches: pixels as bytes (fused) or fp32, those in use as fp32, four id tensors."""
+    pixels = sum(row.pixels for row in batch.rows)
+    ids = batch.tokens(recorded=False)["language"] * 8.0 * 4
+    waiting = way.accumulation * (pixels * (1.0 if way.fused else 4.0) + ids)
+    return waiting + (pixels * 4.0 if way.fused else 0.0)
 
 
-def activations(
-    shapes: Shapes, tokens: dict[str, int], mode: Mode, *, fused: bool, rank: int, itemsize: int
-) -> tuple[float, float, float]:
-    """Return (kept, working, host) bytes of activations.
-
-    Only blocks through which a gradient flows count: those from the first trained one on.
-    """
-    kept = working = host = 0.0
-    for tower, block in flowing(shapes):
-        inside = saved(block, rank, fused) * tokens[tower] * itemsize
-        passing = block.hidden * tokens[tower] * itemsize
-        going_back = ((3 if block.gated else 2) * block.inner + 2 * block.hidden) * tokens[tower] * itemsize
-        if mode == "none":
-            kept += inside
-            working = max(working, going_back)
-            continue
-        working = max(working, inside + going_back)
-        if mode == "recompute":
-            kept += passing
-        else:
-            host += passing
-            working = max(working, inside + going_back + passing)  # the next input is on its way back
-    return kept, working, host
-
-
-def flowing(shapes: Shapes) -> list[tuple[str, Block]]:
-    """Return the blocks that keep something for backward, with their towers, in the order in which they run."""
-    ordered = [(tower, block) for tower in ("vision", "language") for block in shapes.blocks.get(tower, [])]
-    if not any(block.ranks for _, block in ordered):
-        whole = {tower for tower in ("vision", "language") if shapes.trainable.get(tower, 0)}
-        return ordered if "vision" in whole else [item for item in ordered if item[0] == "language"]
-    first = next(place for place, (_, block) in enumerate(ordered) if block.ranks)
-    if shapes.trainable.get("projector", 0) or shapes.trainable.get("embedding", 0):
-        first = min(first, sum(tower == "vision" for tower, _ in ordered))
-    return ordered[first:]
-
-
-def logits(shapes: Shapes, tokens: int, learned: int, *, fused: bool, itemsize: int) -> float:
+def logits(shapes: Shapes, batch: Batch, *, fused: bool, itemsize: int) -> float:
     """Return the bytes that the head and the loss need."""
+    tokens = batch.tokens(recorded=False)["language"]
+    learned = sum(row.learned for row in batch.rows)
     if fused:
         rows = min(LOGITS_CHUNK, learned * shapes.vocabulary * itemsize)
         return rows + 2 * learned * shapes.width * itemsize

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fvlm_cli.config.schema import TrainConfig
 from fvlm_cli.data.row import Row
+from fvlm_cli.estimate.activations import MODES, Batch, Mode
 from fvlm_cli.estimate.gpus import GPUS, Gpu
-from fvlm_cli.estimate.memory import GIB, MODES, Held, Memory, Mode, memory
+from fvlm_cli.estimate.memory import GIB, RESERVE, Held, Memory, Way, memory
 from fvlm_cli.estimate.shapes import Shapes, read_shapes
 from fvlm_cli.estimate.time import Step, step
 from fvlm_cli.estimate.workload import Load
@@ -23,8 +24,9 @@ _CHECKPOINTING: dict[bool | str, Mode] = {
     True: "recompute",
     "offload": "offload",
     "unsloth": "offload",
-    "auto": "offload",
+    "auto": "auto",
 }
+SPARE_SHARE, SPARE = 0.1, 1.0 * GIB  # of a card, which "auto" leaves free
 _MOST = 4096  # rows of the largest batch that is looked for
 
 
@@ -67,22 +69,36 @@ class Estimate:
         self, batch: int, held: Held | None = None, mode: Mode | None = None, load: Load | None = None
     ) -> Memory:
         """Return the memory of another batch, precision, mode or row."""
-        return memory(
-            self.shapes,
-            [load or self.longest] * batch,
-            held=held or self.held,
-            mode=mode or self.mode,
-            optim=self.config.train.optim,
-            fused=self.fused,
-            rank=self.shapes.rank,
-        )
+        train = self.config.train
+        rows = Batch.of([load or self.longest] * batch, self.loads if load is None else ())
+        accumulation = train.gradient_accumulation_steps
+        way = Way(held or self.held, mode or self.mode, train.optim, self.fused, accumulation)
+        return memory(self.shapes, rows, way)
+
+    def least(self, batch: int, load: Load | None = None) -> Memory:
+        """Return what a batch cannot do without: with `"auto"`, which keeps what there is room for, nothing is kept."""
+        return self.memory_of(batch, mode="offload" if self.mode == "auto" else None, load=load)
+
+    def peak_on(self, gpu: Gpu) -> float:
+        """Return the bytes that PyTorch's allocator has at most on a card.
+
+        `"auto"` keeps no more than leaves a tenth of the card and one GiB free (`fvlm_core.graphs.room`).
+        """
+        if self.mode != "auto":
+            return self.memory.peak
+        room = (1 - SPARE_SHARE) * gpu.memory * GIB - SPARE - RESERVE
+        return max(min(self.memory.peak, room), self.least(self.batch).peak)
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Tell whether the config's batch fits on a card."""
+        return self.least(self.batch).needed <= gpu.memory * GIB
 
     def largest_batch(self, gpu: Gpu) -> int:
         """Return the largest batch that fits on a card, up to 4096; 0 where none does."""
         low, high = 0, _MOST + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.memory_of(middle).needed <= gpu.memory * GIB else (low, middle)
+            low, high = (middle, high) if self.least(middle).needed <= gpu.memory * GIB else (low, middle)
         return low
 
     def largest_images(self, gpu: Gpu) -> float | None:
@@ -96,7 +112,7 @@ class Estimate:
         low, high = 0.0, float(_MOST)
         while high - low > 0.01:
             middle = (low + high) / 2
-            needed = self.memory_of(self.batch, load=self.longest.scaled(middle)).needed
+            needed = self.least(self.batch, self.longest.scaled(middle)).needed
             low, high = (middle, high) if needed <= gpu.memory * GIB else (low, middle)
         return round(low, 2)
 
@@ -107,13 +123,16 @@ class Estimate:
 
     def step_on(self, gpu: Gpu) -> Step:
         """Return the time of an optimizer step on a card."""
-        rows = [self.typical] * self.batch
-        accumulation = self.config.train.gradient_accumulation_steps
-        return step(self.shapes, rows, accumulation, gpu, held=self.held, mode=self.mode, fused=self.fused)
+        train = self.config.train
+        mode = self.mode
+        if mode == "auto" and self.memory.needed > gpu.memory * GIB:
+            mode = "offload"  # some blocks are kept and others are not: counted as if none were
+        way = Way(self.held, mode, train.optim, self.fused, train.gradient_accumulation_steps)
+        return step(self.shapes, [self.typical] * self.batch, gpu, way)
 
     def fitting(self) -> dict[str, bool]:
         """Return for every card of the table whether the run fits."""
-        return {name: self.memory.needed <= gpu.memory * GIB for name, gpu in GPUS.items()}
+        return {name: self.fits(gpu) for name, gpu in GPUS.items()}
 
 
 def shapes_of(config: TrainConfig, opened: Opened) -> tuple[Shapes, Held]:
@@ -154,9 +173,10 @@ def estimate(config: TrainConfig, opened: Opened, loads: Sequence[Load]) -> Esti
     shapes, held = shapes_of(config, opened)
     batch = config.train.per_device_train_batch_size
     mode = _CHECKPOINTING[config.model.gradient_checkpointing]
-    fused = not opened.facts.generic
-    blank = Memory(0, 0, 0, 0, 0, 0, 0, 0, 0)
-    draft = Estimate(shapes, held, mode, list(loads), batch, fused, blank, config)
+    fused = bool(opened.facts.fused)
+    if mode == "auto" and not fused:
+        mode = "offload"  # as training does: no layer is recorded
+    draft = Estimate(shapes, held, mode, list(loads), batch, fused, Memory(), config)
     return Estimate(shapes, held, mode, list(loads), batch, fused, draft.memory_of(batch), config)
 
 

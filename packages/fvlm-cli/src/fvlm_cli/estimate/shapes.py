@@ -57,6 +57,7 @@ class Shapes:
         largest: parameters of the largest of them.
         vocabulary, width: of the output layer.
         rank: of the adapters; 0 without any.
+        between: numbers that go into and come out of the projector's linear layers, for a media token.
         small: trained parameters in tensors too small for an 8-bit optimizer to quantize.
     """
 
@@ -70,6 +71,7 @@ class Shapes:
     vocabulary: int = 0
     width: int = 0
     rank: int = 0
+    between: int = 0
     small: int = 0
 
     @property
@@ -99,6 +101,9 @@ def read_shapes(model: Any, facts: ArchFacts) -> Shapes:
     adapted = _adapted(model)
     for linear in linears:
         shapes.linears[linear.tower] += linear.parameters
+        if linear.tower == "projector":
+            between: Any = modules[linear.name]
+            shapes.between += between.in_features + between.out_features
         if not any(is_under(linear.name, path) for path in facts.unquantized):
             weight: Any = modules[linear.name]
             shapes.quantizable += weight.in_features * weight.out_features

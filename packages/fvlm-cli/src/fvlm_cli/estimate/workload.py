@@ -23,7 +23,7 @@ class Load:
         tokens: in the language model, those of images included.
         learned: of them.
         patches: in the vision tower, padding tiles included.
-        spans: squared lengths of the pieces that vision attention sees together, summed.
+        spans: squared lengths of the pieces that vision attention sees together, summed; the mean of its blocks.
         pixels: numbers in its pixel tensors.
         media: tokens that stand for images.
         scales: 1 for a family whose images take tokens by their size, else 0.
@@ -106,7 +106,7 @@ def _patches(batch: Mapping[str, Any], config: Any) -> tuple[int, int]:
     grid = batch.get("image_grid_thw")
     if grid is not None:
         sizes = [int(t) * int(h) * int(w) for t, h, w in grid.tolist()]
-        return sum(sizes), sum(size * size for size in sizes)
+        return sum(sizes), sum(_span(size, config.to_dict().get("vision_config", {})) for size in sizes)
     pixels = batch.get("pixel_values")
     if pixels is None:
         return 0, 0
@@ -115,3 +115,13 @@ def _patches(batch: Mapping[str, Any], config: Any) -> tuple[int, int]:
     tiles = pixels.numel() // (pixels.shape[-1] * pixels.shape[-2] * pixels.shape[-3])
     each = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
     return tiles * each, tiles * each * each
+
+
+def _span(patches: int, vision: Mapping[str, Any]) -> int:
+    """Return the square of an image's patches; where most blocks attend in windows (Qwen2.5-VL), the blocks' mean."""
+    whole = vision.get("fullatt_block_indexes")
+    if whole is None:
+        return patches * patches
+    window: int = min(patches, (vision["window_size"] // vision["patch_size"]) ** 2)
+    share: float = len(whole) / vision["depth"]
+    return round(patches * (share * patches + (1 - share) * window))

@@ -1,0 +1,99 @@
+"""`fvlm estimate` against training steps that were measured on a GPU (`benchmarks/results/train_step.jsonl`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fvlm_cli.config.read import read_config
+from fvlm_cli.estimate.gpus import GPUS, Gpu
+from fvlm_cli.estimate.plan import Estimate, estimate, loads_of
+from fvlm_cli.estimate.workload import Load
+from fvlm_cli.inspection.opened import open_model
+
+ROOT = Path(__file__).resolve().parents[1]
+MEMORY, TIME = 0.10, 0.30
+"""How far the estimate may be from the measured peak, and from the measured time."""
+PADDED = {
+    "ocr": (518, 514, 521, 529, 528, 536, 511, 527, 526, 516, 523, 528, 521, 518, 518, 539),
+    "doc": (1947, 1927, 1950, 1915),
+}
+"""What the script of the rows with `tokens_per_row` padded its batches to: its tokenizer cut the words otherwise."""
+
+
+def measured() -> list[dict[str, Any]]:
+    """The rows of FVLM, under the names that the benchmark gives them now."""
+    lines = (ROOT / "benchmarks/results/train_step.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    now = {"variant": "stack", "work": "workload", "use_gradient_checkpointing": "mode"}
+    rows = [{now.get(key, key): value for key, value in row.items()} for row in rows]
+    return [row for row in rows if row["stack"] == "fvlm" and row["peak_gib"] is not None]
+
+
+def card(name: str) -> Gpu:
+    return next(gpu for gpu in GPUS.values() if gpu.name in name.lower().split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function: name of a size → a folder with its config and processor, and no weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        sizes = importlib.import_module("benchmarks.training.sizes")
+
+        @cache
+        def make(name: str) -> Path:
+            path: Path = tmp_path_factory.mktemp(name)
+            config, processor = sizes.real_config(name)
+            config.save_pretrained(path)
+            processor.save_pretrained(path)
+            return path
+
+        yield make
+
+
+def estimated(row: dict[str, Any], folder: Path) -> Estimate:
+    workloads = importlib.import_module("benchmarks.training.workloads")
+    work = workloads.WORKLOADS[row["workload"]]
+    text = f"""
+model: {{name: {folder}, precision: 4bit, gradient_checkpointing: {row["mode"]}, max_seq_length: 100000}}
+lora: {{r: 16, alpha: 32}}
+data: {{train: made.jsonl}}
+train:
+  per_device_train_batch_size: {work.batch}
+  gradient_accumulation_steps: {work.accumulation}
+  optim: {row["optim"]}
+"""
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    config = read_config(folder / "run.yaml")
+    opened = open_model(str(folder))
+    vars(opened.skeleton)["max_seq_length"] = 100_000
+    from fvlm_cli.data.row import Row
+
+    count = 4 * work.batch * work.accumulation  # as many as the benchmark has
+    rows = [Row(sample, f"sample {n}") for n, sample in enumerate(workloads.samples(work, count))]
+    loads = loads_of(config, opened, rows)
+    if "tokens_per_row" in row:
+        loads = [_as_long(loads[0], length) for length in PADDED[row["workload"]] for _ in range(work.batch)]
+    return estimate(config, opened, loads)
+
+
+def _as_long(load: Load, tokens: int) -> Load:
+    return dataclasses.replace(load, tokens=tokens, learned=load.learned + tokens - load.tokens)
+
+
+@pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['model']}-{row['workload']}-{row['mode']}")
+def test_the_estimate_is_near_what_was_measured(row: dict[str, Any], folder: Any) -> None:
+    found = estimated(row, folder(row["model"]))
+    if "patches_per_batch" in row:
+        assert found.loads[0].tokens == row["tokens_per_row"]
+        assert found.batch * found.typical.patches == row["patches_per_batch"]
+    gpu = card(row["card"])
+    assert found.peak_on(gpu) / 2**30 == pytest.approx(row["peak_gib"], rel=MEMORY)
+    assert found.step_on(gpu).seconds == pytest.approx(row["step_s"], rel=TIME)

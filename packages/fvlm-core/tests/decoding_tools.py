@@ -1,12 +1,15 @@
 """Prompts with pictures, padded on the left, and models that decode by recordings."""
 
+import pytest
 import torch
 from family_tools import conversation, picture
+from fused_tools import adapted_model
 from transformers import AutoProcessor
 
 from fvlm_core.decoding import decoding_report, enable_decoding
 from fvlm_core.fused import fuse_model, unfuse_model
 
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPTS = ("what is the total of the receipt", "please read it", "and the number of the invoice on this page")
 SIZES = ((64, 64), (56, 84), (84, 56))
 
@@ -24,6 +27,16 @@ def prompts(folder, images=(1,), device="cpu"):
     options = {"images": nested} if any(images) else {}
     batch = processor(text=texts, padding=True, return_tensors="pt", add_special_tokens=False, **options)
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def pair_on(device, folder):
+    """The folder, a model that decodes by recordings, and one that does as transformers has it."""
+    ours, stock = (adapted_model(folder, targets=("language",), device=device).eval() for _ in range(2))
+    return folder, fast(ours), stock
+
+
+def prompts_for(pair, images):
+    return prompts(pair[0], images, pair[1].device)
 
 
 def stock_answer(model, batch, **options):

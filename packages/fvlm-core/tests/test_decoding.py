@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from decoding_tools import GREEDY, fast, prompts, same, stock_answer
+from decoding_tools import DEVICES, GREEDY, fast, pair_on, prompts, prompts_for, same, stock_answer
 from fused_tools import adapted_model
 
 from fvlm_core import Precision
@@ -17,12 +17,13 @@ from fvlm_core.fused import fuse_model
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "pixtral", "mistral3", "gemma3")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", [Precision.HALF, Precision.NF4], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_stocks(tiny, family, precision):
+def test_greedy_tokens_are_stocks(tiny, family, precision, device):
     folder = tiny(family)
-    model = adapted_model(folder, precision, targets=("language",)).eval()
-    batches = [prompts(folder, images) for images in ((1,), (2,), (0,), (1, 1, 1))]
+    model = adapted_model(folder, precision, targets=("language",), device=device).eval()
+    batches = [prompts(folder, images, device) for images in ((1,), (2,), (0,), (1, 1, 1))]
     expected = [stock_answer(model, batch, **GREEDY) for batch in batches]
     fast(model)
     for batch, wanted in zip(batches, expected, strict=True):
@@ -30,12 +31,10 @@ def test_greedy_tokens_are_stocks(tiny, family, precision):
     assert decoding_report(model).recorded == 4, decoding_report(model).summary
 
 
-@pytest.fixture(scope="module")
-def pair(tiny):
+@pytest.fixture(scope="module", params=DEVICES)
+def pair(tiny, request):
     """A model that decodes by recordings and one that does as transformers has it, equal but for that."""
-    folder = tiny("qwen2_vl")
-    stock = adapted_model(folder, targets=("language",)).eval()
-    return folder, fast(adapted_model(folder, targets=("language",)).eval()), stock
+    return pair_on(request.param, tiny("qwen2_vl"))
 
 
 def test_answers_longer_than_the_memory_that_was_made_first(pair, monkeypatch):
@@ -45,8 +44,8 @@ def test_answers_longer_than_the_memory_that_was_made_first(pair, monkeypatch):
     monkeypatch.setattr(engine, "_FIRST_ROOM", 4)
     _, ours, _ = pair
     disable_decoding(ours)
-    enable_decoding(ours, rehearse=True)
-    batch = prompts(pair[0], (1, 1))
+    fast(ours)
+    batch = prompts_for(pair, (1, 1))
     same(pair, batch, do_sample=False, max_new_tokens=70, min_new_tokens=70)
     assert decoding_report(ours).recordings > 1
     same(pair, batch, do_sample=True, top_k=1, max_new_tokens=70, min_new_tokens=70)
@@ -55,16 +54,17 @@ def test_answers_longer_than_the_memory_that_was_made_first(pair, monkeypatch):
 def test_later_calls_of_other_lengths_and_sizes(pair):
     _, ours, _ = pair
     disable_decoding(ours)
-    enable_decoding(ours, rehearse=True)
+    fast(ours)
     for images, tokens in (((1,), 12), ((2,), 3), ((0,), 20), ((1, 1), 5), ((1,), 1), ((1, 0), 9), ((1,), 8)):
-        same(pair, prompts(pair[0], images), do_sample=False, max_new_tokens=tokens)
+        same(pair, prompts_for(pair, images), do_sample=False, max_new_tokens=tokens)
     assert decoding_report(ours).recordings == 2  # one for each number of rows
 
 
-def test_what_changes_between_two_calls_is_noticed(tiny):
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_changes_between_two_calls_is_noticed(tiny, device):
     folder = tiny("qwen2_vl")
-    model = fast(adapted_model(folder, targets=("language",)).eval())
-    batch = prompts(folder, (1, 1))
+    model = fast(adapted_model(folder, targets=("language",), device=device).eval())
+    batch = prompts(folder, (1, 1), device)
 
     def both():
         before = decoding_report(model).recorded
@@ -135,3 +135,44 @@ def test_disabling_undoes_everything(tiny):
     }
     assert decoding_report(model).recorded == 0
     assert enable_decoding(model) is not None or model.device.type == "cuda"  # on a CPU it stays as it was
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_step_gives_the_logits_of_an_ordinary_one_in_bf16(tiny, family):
+    folder = tiny(family)
+    model = adapted_model(folder, Precision.NF4, targets=("language",), dtype=torch.bfloat16, device="cuda").eval()
+    batch = prompts(folder, (1, 1), "cuda")
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    with torch.autocast("cuda", torch.bfloat16):
+        stock = stock_answer(model, batch, **options)
+        found = fast(model).generate(**batch, **options)
+        found = model.generate(**batch, **options)  # by replays alone
+    assert decoding_report(model).recorded == 2, decoding_report(model).summary
+    same_so_far = 1 + int((found.sequences == stock.sequences).all(dim=0)[-12:].long().cumprod(0).sum())
+    assert same_so_far > 1
+    for ours, theirs in list(zip(found.logits, stock.logits, strict=True))[:same_so_far]:
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+@pytest.mark.gpu
+def test_steps_do_not_wait_for_the_device(tiny, monkeypatch):
+    from fvlm_core.decoding.engine import DecodingStep
+
+    folder = tiny("qwen2_vl")
+    model = fast(adapted_model(folder, Precision.NF4, targets=("language",), device="cuda").eval())
+    batch = prompts(folder, (1,), "cuda")
+    model.generate(**batch, **GREEDY)
+    replay, seen = DecodingStep.run, []
+
+    def watched(step):
+        torch.cuda.set_sync_debug_mode("error" if len(seen) < 8 else "default")
+        seen.append(step)
+        replay(step)
+
+    monkeypatch.setattr(DecodingStep, "run", watched)
+    try:
+        model.generate(**batch, **GREEDY)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) == 11

@@ -2,20 +2,17 @@
 
 import pytest
 import torch
-from decoding_tools import GREEDY, fast, prompts, same
-from fused_tools import adapted_model
+from decoding_tools import DEVICES, GREEDY, pair_on, prompts_for, same
 from transformers import AutoProcessor, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from fvlm_core.decoding import decoding_report
 
 
-@pytest.fixture(scope="module")
-def pair(tiny):
+@pytest.fixture(scope="module", params=DEVICES)
+def pair(tiny, request):
     """A model that decodes by recordings and one that does as transformers has it, equal but for that."""
-    folder = tiny("qwen2_vl")
-    stock = adapted_model(folder, targets=("language",)).eval()
-    return folder, fast(adapted_model(folder, targets=("language",)).eval()), stock
+    return pair_on(request.param, tiny("qwen2_vl"))
 
 
 def ending(pair, batch, at=4):
@@ -26,7 +23,7 @@ def ending(pair, batch, at=4):
 
 def test_ends_where_stock_ends(pair):
     for images in ((1,), (1, 1, 0)):
-        batch = prompts(pair[0], images)
+        batch = prompts_for(pair, images)
         ends = ending(pair, batch)
         rows, _ = same(pair, batch, do_sample=False, max_new_tokens=20, eos_token_id=ends, pad_token_id=3)
         assert rows.shape[1] < batch["input_ids"].shape[1] + 20  # it did end
@@ -46,7 +43,7 @@ def test_ends_where_stock_ends(pair):
     ids=str,
 )
 def test_samples_what_stock_samples(pair, options):
-    batch = prompts(pair[0], (1, 1))
+    batch = prompts_for(pair, (1, 1))
     results = []
     for model in pair[1:]:
         torch.manual_seed(5)
@@ -57,7 +54,7 @@ def test_samples_what_stock_samples(pair, options):
 
 
 def test_scores_logits_and_the_cache_that_is_returned(pair):
-    batch = prompts(pair[0], (1, 1))
+    batch = prompts_for(pair, (1, 1))
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 6}
     found, wanted = same(pair, batch, do_sample=False, repetition_penalty=1.2, **options)
     for name in ("scores", "logits"):
@@ -69,7 +66,7 @@ def test_scores_logits_and_the_cache_that_is_returned(pair):
         torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
     found, _ = same(pair, batch, do_sample=False, return_dict_in_generate=True, max_new_tokens=6)
     kept = found.past_key_values.layers[0].keys.clone()
-    same(pair, prompts(pair[0], (1, 0)), do_sample=False, max_new_tokens=6)
+    same(pair, prompts_for(pair, (1, 0)), do_sample=False, max_new_tokens=6)
     assert torch.equal(kept, found.past_key_values.layers[0].keys)  # a later call leaves it alone
 
 
@@ -88,7 +85,7 @@ class Heard(BaseStreamer):
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=str)
 def test_streams_what_stock_streams(pair, options):
-    batch = prompts(pair[0], (1,))
+    batch = prompts_for(pair, (1,))
     heard = []
     for model in pair[1:]:
         torch.manual_seed(3)
@@ -99,7 +96,7 @@ def test_streams_what_stock_streams(pair, options):
 
 
 def test_stop_strings_and_criteria_of_ones_own(pair):
-    batch = prompts(pair[0], (1,))
+    batch = prompts_for(pair, (1,))
     tokenizer = AutoProcessor.from_pretrained(pair[0]).tokenizer
     whole = pair[2].generate(**batch, **GREEDY)
     words = [tokenizer.decode(token).strip() for token in whole[0, batch["input_ids"].shape[1] :][:-1]]
@@ -109,7 +106,9 @@ def test_stop_strings_and_criteria_of_ones_own(pair):
 
     class ThreeMore(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= batch["input_ids"].shape[1] + 3)
+            return torch.full_like(
+                input_ids[:, 0], input_ids.shape[1] >= batch["input_ids"].shape[1] + 3, dtype=torch.bool
+            )
 
     rows, _ = same(
         pair, batch, do_sample=False, max_new_tokens=12, stopping_criteria=StoppingCriteriaList([ThreeMore()])
@@ -118,7 +117,7 @@ def test_stop_strings_and_criteria_of_ones_own(pair):
 
 
 def test_arguments_by_position_and_in_a_config(pair):
-    batch = dict(prompts(pair[0], (1,)))
+    batch = dict(prompts_for(pair, (1,)))
     config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=3)
     found, wanted = (model.base_model.model.generate(None, config, **batch) for model in pair[1:])
     assert torch.equal(found, wanted)
@@ -138,7 +137,7 @@ def test_arguments_by_position_and_in_a_config(pair):
 )
 def test_what_is_left_to_transformers(pair, options, reason, caplog):
     _, ours, stock = pair
-    batch = prompts(pair[0], (1,))
+    batch = prompts_for(pair, (1,))
     before = decoding_report(ours).recorded
     results = [
         model.generate(**batch, **{"do_sample": False, "max_new_tokens": 4} | options) for model in (ours, stock)

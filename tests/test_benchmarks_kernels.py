@@ -178,3 +178,17 @@ def test_compiling_ahead_calls_every_pass_of_what_compiles(run):
     case = run.OPS["gelu"](True)[0]
     compile_case(replace(case, providers={"torch": None, "compile": spy, "fvlm": spy}), torch.device("cpu"))
     assert called == [False, True, False, True]
+
+
+def test_what_is_kept_is_made_once_for_each_tensor(run):
+    import torch
+    from benchmarks.kernels.case import Kept
+
+    kept, made = Kept(), []
+    first, second = torch.zeros(1), torch.zeros(1)
+
+    def make():
+        made.append(len(made))
+        return made[-1]
+
+    assert [kept(t, make) for t in (first, second, first, second)] == [0, 1, 0, 1]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from benchmarks.kernels.bench_nf4 import bitsandbytes, nf4_inputs, quant_state
-from benchmarks.kernels.case import Case, Inputs, Provider, normal, present
+from benchmarks.kernels.case import Case, Inputs, Kept, Provider, normal, present
 
 from fvlm_kernels import LoRALinear, NF4Weight, dequantize_nf4, lora_linear, lora_mlp, lora_qkv, quick_gelu
 
@@ -70,11 +70,12 @@ def _eager(shapes: Shapes) -> Layer:
 
 def _peft(shapes: Shapes) -> Layer | None:
     """One layer as PEFT and bitsandbytes compute it."""
-    library = bitsandbytes()
+    library, states = bitsandbytes(), Kept[Any]()
 
     def layer(name: str, x: torch.Tensor, tensors: Inputs) -> torch.Tensor:
-        state = quant_state({part: tensors[f"{name}_{part}"] for part in PARTS}, shapes[name], x.dtype)
-        return _plus_adapter(library.matmul_4bit(x, tensors[f"{name}_packed"], state), name, x, tensors)
+        parts, packed = {part: tensors[f"{name}_{part}"] for part in PARTS}, tensors[f"{name}_packed"]
+        state = states(packed, lambda: quant_state(parts, shapes[name], x.dtype))
+        return _plus_adapter(library.matmul_4bit(x, packed, state), name, x, tensors)
 
     return library and layer
 
@@ -109,17 +110,20 @@ def _block(layer: Layer | None, shapes: Shapes, act: str) -> Provider | None:
     return layer and run
 
 
-def _fused_linear(shapes: Shapes, x: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
-    return lora_linear(x, _ours(next(iter(shapes)), shapes, tensors))
+def _fused(op: str, shapes: Shapes, act: Any) -> Provider:
+    """One of our ops, with layers that are made once."""
+    kept = Kept[LoRALinear]()
 
+    def run(x: torch.Tensor, **tensors: torch.Tensor) -> Any:
+        layers = [kept(tensors[f"{n}_a"], lambda name=n: _ours(name, shapes, tensors)) for n in shapes]
+        if op == "lora_linear":
+            return lora_linear(x, layers[0])
+        if op == "lora_qkv":
+            return lora_qkv(x, layers)
+        gate, *up, down = layers
+        return lora_mlp(x, gate, up[0] if up else None, down, activation=act)
 
-def _fused_qkv(shapes: Shapes, x: torch.Tensor, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return lora_qkv(x, [_ours(name, shapes, tensors) for name in shapes])
-
-
-def _fused_mlp(shapes: Shapes, act: Any, x: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
-    gate, *up, down = (_ours(name, shapes, tensors) for name in shapes)
-    return lora_mlp(x, gate, up[0] if up else None, down, activation=act)
+    return run
 
 
 def _case(op: str, model: str, full: Shapes, rows: int, tiny: bool) -> Case:
@@ -128,9 +132,8 @@ def _case(op: str, model: str, full: Shapes, rows: int, tiny: bool) -> Case:
     wanted = ["x", *(f"{name}_{part}" for name in shapes for part in "ab")]
     act = ACTIVATIONS.get(model, "silu")
     wrap: Callable[[Layer | None], Provider | None] = partial(_each, shapes=shapes)
-    ours: Provider = partial(_fused_linear if op == "lora_linear" else _fused_qkv, shapes)
     if op == "lora_mlp":
-        wrap, ours = partial(_block, shapes=shapes, act=act), partial(_fused_mlp, shapes, act)
+        wrap = partial(_block, shapes=shapes, act=act)
     eager = wrap(_eager(shapes))
     if eager is None:
         raise TypeError("the reference is always there")
@@ -139,7 +142,7 @@ def _case(op: str, model: str, full: Shapes, rows: int, tiny: bool) -> Case:
     adapters = sum(RANK * (n + k) for n, k in shapes.values())
     return Case(
         op, f"{model}, {m} rows", partial(_make, shapes=shapes, rows=m),
-        present(torch=eager, compile=compiled, peft=wrap(_peft(shapes)), fvlm=ours), eager, wanted,
+        present(torch=eager, compile=compiled, peft=wrap(_peft(shapes)), fvlm=_fused(op, shapes, act)), eager, wanted,
         forward_flops=2 * m * (base + adapters), backward_flops=2 * m * (base + 2 * adapters), together=True,
         shape={"rows": m, "weights": base, "rank": RANK},
     )  # fmt: skip

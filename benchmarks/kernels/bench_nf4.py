@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.kernels.case import Case, Inputs, Provider, normal, present, size
+from benchmarks.kernels.case import Case, Inputs, Kept, Provider, normal, present, size
 
 from fvlm_kernels import dequantize_int8, dequantize_nf4, nf4_matvec, quantize_nf4
 from fvlm_kernels.nf4 import dequantize_weight
@@ -51,19 +51,19 @@ def quant_state(parts: Inputs, shape: tuple[int, int], dtype: torch.dtype = torc
 
 
 def _bnb_dequantize(n: int, k: int) -> Provider | None:
-    library = bitsandbytes()
+    library, states = bitsandbytes(), Kept[Any]()
 
     def run(packed: torch.Tensor, **parts: torch.Tensor) -> Any:
-        return library.functional.dequantize_4bit(packed, quant_state(parts, (n, k)))
+        return library.functional.dequantize_4bit(packed, states(packed, lambda: quant_state(parts, (n, k))))
 
     return library and run
 
 
 def _bnb_matvec(n: int, k: int) -> Provider | None:
-    library = bitsandbytes()
+    library, states = bitsandbytes(), Kept[Any]()
 
     def run(x: torch.Tensor, packed: torch.Tensor, **parts: torch.Tensor) -> Any:
-        return library.matmul_4bit(x, packed, quant_state(parts, (n, k), x.dtype))
+        return library.matmul_4bit(x, packed, states(packed, lambda: quant_state(parts, (n, k), x.dtype)))
 
     return library and run
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 Provider = Callable[..., Any]
 Inputs = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,19 @@ def normal(device: torch.device, *shape: int, seed: int = 0, dtype: torch.dtype 
     """Draw normal numbers on the device itself: the tensors are large."""
     generator = torch.Generator(device=device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+
+class Kept(Generic[T]):
+    """What a layer makes of its tensors once, kept for the next call: as in a model, no call pays for it."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[torch.Tensor, T]] = {}
+
+    def __call__(self, tensor: torch.Tensor, make: Callable[[], T]) -> T:
+        """Return what was made for ``tensor``, which is kept too, so that no other takes its identity; or make it."""
+        if id(tensor) not in self._made:
+            self._made[id(tensor)] = tensor, make()
+        return self._made[id(tensor)][1]
 
 
 def liger(name: str) -> Provider | None:

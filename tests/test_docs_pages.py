@@ -29,11 +29,11 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_of_the_docs: Path) -> None:
     monkeypatch.chdir(tmp_path)
     scans(tmp_path / "scans")
     shutil.copy("scans/00.png", "page.png")
-    printed = run_page(PAGES[page], {"max_steps=100": "max_steps=2"})
+    printed = run_page(PAGES[page], model_of_the_docs, {"max_steps=100": "max_steps=2"})
     CHECKS.get(page, lambda printed, folder: None)(printed, tmp_path)
 
 

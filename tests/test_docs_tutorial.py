@@ -9,11 +9,11 @@ import pytest
 from docs_tools import ROOT, blocks, run_commands, scans
 
 
-def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_of_the_docs: Path) -> None:
     monkeypatch.chdir(tmp_path)
     scans(tmp_path / "scans")
     texts = [block.text for block in blocks(ROOT / "docs/tutorial.md") if block.runs]
-    spoken = [said for text in texts for said in run_commands(text)]
+    spoken = [said for text in texts for said in run_commands(text, model_of_the_docs)]
     verbs = [line.split()[1] for text in texts for line in text.splitlines()]
     assert verbs == ["init", "preview", "estimate", "train", "report", "infer", "infer", "eval", "merge", "infer"]
     for name in ("preview.html", "fvlm-run/report.html", "answers.jsonl", "fvlm-eval/metrics.json", "merged"):

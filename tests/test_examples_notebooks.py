@@ -38,7 +38,7 @@ def test_the_digits_are_learned_saved_merged_and_read_again(tmp_path: Path) -> N
     assert right["after"] > right["before"] + 16
     assert right["merged"] > right["before"] + 16
     assert int(re.search(r"(\d+) of 64 as before the merge", text)[1]) >= 62  # type: ignore[index]
-    assert re.search(r"[3-6] of \d+ tokens are learned: '\d{3,5}<\|im_end\|>'", text)
+    assert re.search(r"[5-7] of \d+ tokens are learned: '\d{3,5}<\|im_end\|>\\n'", text)
     assert (tmp_path / "adapter/adapter_config.json").exists()
     shown = [output.data for output in outputs(notebook) if output.output_type in ("display_data", "execute_result")]
     assert sum("image/png" in data for data in shown) == 3  # a lesson, the curve, a test

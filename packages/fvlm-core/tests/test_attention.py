@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fvlm_kernels
+from fvlm_core import attention
 from fvlm_core.attention import varlen_attention_forward
 
 
@@ -69,3 +71,23 @@ def test_ragged_images_on_a_gpu_are_as_exact_as_sdpa(dtype):
     for got, peer, truth in zip((ours, *grads[0]), (stock, *grads[1]), (exact, *exact_grads), strict=True):
         error, allowed = ((t.detach().cpu().double() - truth.detach()).abs().max() for t in (got, peer))
         assert error <= 2 * allowed + torch.finfo(dtype).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_what_goes_to_the_kernels_comes_back_in_place(is_causal, monkeypatch):
+    """The layout, the scale and the mask of the GPU's path, held on a CPU by the kernels' own reference."""
+    called = []
+
+    def by_reference(*args, impl, **options):
+        called.append(impl)
+        return fvlm_kernels.varlen_attention(*args, impl="torch", **options)
+
+    monkeypatch.setattr(attention, "runs_flash", lambda q: True)
+    monkeypatch.setattr(attention, "varlen_attention", by_reference)
+    lengths = [4, 7, 1]
+    q, k, v, cu_lengths = packed_inputs(lengths)
+    out, _ = varlen_attention_forward(
+        torch.nn.Identity(), q, k, v, None, 0.3, cu_seq_lens_q=cu_lengths, max_length_q=7, is_causal=is_causal
+    )
+    assert called == ["flash"]
+    torch.testing.assert_close(out, one_by_one(q, k, v, lengths, 0.3, is_causal), rtol=1e-12, atol=1e-12)

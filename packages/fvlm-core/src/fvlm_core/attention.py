@@ -7,7 +7,7 @@ interface; no class is changed) and computes what stock SDPA does image by image
 
 * images of one size (`count · longest == total`, known without asking the device) run as one batched SDPA
   call on views;
-* images of different sizes on a GPU in half precision go to `torch.nn.attention.varlen`;
+* images of different sizes on a GPU in half precision go to `fvlm_kernels.varlen_attention`;
 * anything else is split and looped over, as stock does.
 """
 
@@ -21,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from fvlm_core.passes import kept_attention
+from fvlm_kernels import varlen_attention
+from fvlm_kernels.varlen_attention import runs_flash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,25 +86,13 @@ def varlen_attention_forward(
 
         out = attend(batched(query), batched(key), batched(value))
         return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
-        return _torch_varlen(query, key, value, cu_seq_lens_q, max_length_q, is_causal, scaling), None
+    if dropout == 0.0 and runs_flash(query):
+        q, k, v = (packed.squeeze(0).transpose(0, 1) for packed in (query, key, value))
+        flash = varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, causal=is_causal, scale=scaling, impl="flash")
+        return flash.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()
     pieces = zip(*(packed.split(lengths, dim=2) for packed in (query, key, value)), strict=True)
     return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=2).transpose(1, 2), None
-
-
-def _torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_lengths: Tensor, longest: int, is_causal: bool, scaling: float
-) -> Tensor:
-    """Run torch's variable-length flash attention on `(1, heads, total, head_dim)` inputs."""
-    from torch.nn.attention.varlen import varlen_attn  # a CUDA-only part of torch, imported where it is used
-
-    q, k, v = (packed.squeeze(0).transpose(0, 1) for packed in (query, key, value))
-    window = (-1, 0) if is_causal else (-1, -1)
-    out = varlen_attn(q, k, v, cu_lengths, cu_lengths, longest, longest, scale=scaling, window_size=window)
-    if not isinstance(out, Tensor):  # torch returns a tuple only when auxiliary outputs are asked for
-        raise TypeError(f"torch's varlen_attn returned {type(out).__name__} where a tensor was expected")
-    return out.unsqueeze(0)
 
 
 def use_varlen_attention(tower: PreTrainedModel) -> None:

@@ -69,8 +69,13 @@ def _flash(
     return out
 
 
+def runs_flash(q: torch.Tensor) -> bool:
+    """Tell whether :func:`varlen_attention` has ``"flash"`` for queries ``(…, D)`` of this device, dtype and width."""
+    return HAS_VARLEN and q.is_cuda and q.dtype in FLASH_DTYPES and q.shape[-1] <= MAX_HEAD_DIM
+
+
 def _use_flash(impl: AttentionImpl | None, q: torch.Tensor) -> bool:
-    possible = HAS_VARLEN and q.is_cuda and q.dtype in FLASH_DTYPES and q.shape[-1] <= MAX_HEAD_DIM
+    possible = runs_flash(q)
     if impl is None:
         return possible
     if impl not in ("flash", "torch"):

@@ -7,6 +7,7 @@ anything is computed; and the values, one slot at a time.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -82,7 +83,9 @@ class CheckpointBase:
         self.quantized = quantized.companions(self._home)
         parts = {name for members in self.quantized.values() for name in members}
         names = [name for name in self._home if name not in parts]
-        self.infos = {name: self._info(name, default_dtype) for name in names}
+        with ThreadPoolExecutor(8) as pool:  # of shards on the Hub, each state is a request of its own
+            found = list(pool.map(lambda name: self._info(name, default_dtype), names))
+        self.infos = dict(zip(names, found, strict=True))
         self.layout, self.slots = Layout.of_checkpoint(
             skeleton, {name: info.shape for name, info in self.infos.items()}, conversions
         )
@@ -101,7 +104,10 @@ class CheckpointBase:
 
     def _info(self, name: str, default: torch.dtype) -> TensorInfo:
         info = self._home[name].infos[name]
-        return quantized.dequantized_info(info, self._parts(name), default) if name in self.quantized else info
+        if name not in self.quantized:
+            return info
+        state = quantized.state_name(self.quantized[name])
+        return quantized.dequantized_info(info, None if state is None else self._home[state].small(state), default)
 
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
         return {part: self._home[part].tensor(part) for part in self.quantized[name]}

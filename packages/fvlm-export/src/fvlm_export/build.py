@@ -157,10 +157,12 @@ def _write_beside(task: Task, plan: Plan, folder: Path, processor: Any, quantize
 
 def _key(task: Task, plan: Plan, options: Options, base_print: str | None) -> str | None:
     """Return what identifies the merge; None where values come from memory, which a later run could not be sure of."""
-    if base_print is None or task.live is not None:
+    commit = None if task.source is None or task.revision is None else f"{task.source.name}@{task.revision}"
+    base = base_print or commit
+    if base is None or task.live is not None:
         return None
     facts = {
-        "base": base_print,
+        "base": base,
         "onto": task.why,
         "method": options.save_method,
         "device": task.device.type,

@@ -49,18 +49,22 @@ def companions(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def dequantized_info(weight: TensorInfo, parts: Mapping[str, torch.Tensor], default: torch.dtype) -> TensorInfo:
+def state_name(names: Iterable[str]) -> str | None:
+    """Return which of a weight's companions holds the quantization state; None for int8, which has none."""
+    return next((name for name in names if _STATE in name), None)
+
+
+def dequantized_info(weight: TensorInfo, state: torch.Tensor | None, default: torch.dtype) -> TensorInfo:
     """Return a quantized weight's dtype and shape as floating point.
 
     Args:
         weight: the packed tensor.
-        parts: its companions by their full names.
+        state: the quantization state, as packed bytes; None: int8.
         default: int8 records no dtype; this one is used.
 
     Raises:
         CheckpointError: the quantization state cannot be read.
     """
-    state = next((value for name, value in parts.items() if _STATE in name), None)
     if state is None:
         return TensorInfo(weight.name, default, weight.shape)
     try:

@@ -13,8 +13,10 @@ from typing import Protocol
 
 import httpx
 import torch
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, SafetensorsParsingError
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import hf_raise_for_status
 
 from fvlm_core.checkpoint import Source, weight_files
 from fvlm_core.errors import CheckpointError
@@ -36,6 +38,9 @@ class Shard(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor, on the CPU; do not write to it."""
+
+    def small(self, name: str) -> torch.Tensor:
+        """Return a small tensor, without having the whole file for it."""
 
     def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
         """Read a tensor's bytes piece by piece; each holds until the next but one."""
@@ -66,6 +71,7 @@ class RemoteShard:
         self._source, self._name, self._folder = source, name, folder
         self._file: SafetensorFile | None = None
         self._lock = threading.Lock()
+        self._start: int | None = None
         api = HfApi(token=source.token)
         try:
             header = api.parse_safetensors_file_metadata(source.name, name, revision=source.revision)
@@ -74,6 +80,7 @@ class RemoteShard:
         self.infos = {
             key: TensorInfo(key, torch_dtype(entry.dtype), tuple(entry.shape)) for key, entry in header.tensors.items()
         }
+        self._spans = {key: entry.data_offsets for key, entry in header.tensors.items()}
 
     @property
     def path(self) -> Path:
@@ -99,6 +106,30 @@ class RemoteShard:
     def tensor(self, name: str) -> torch.Tensor:
         """See :class:`Shard`."""
         return self._fetched().tensor(name)
+
+    def small(self, name: str) -> torch.Tensor:
+        """See :class:`Shard`."""
+        if self._file is not None:
+            return self._file.tensor(name)
+        if self._start is None:
+            self._start = 8 + int.from_bytes(self._range(0, 8), "little")
+        begin, end = self._spans[name]
+        info, data = self.infos[name], self._range(self._start + begin, self._start + end)
+        if len(data) != info.nbytes:
+            raise CheckpointError(f"{self._name} of {self._source.name!r} came cut from the Hub; try again.")
+        return torch.frombuffer(bytearray(data), dtype=info.dtype).reshape(info.shape)
+
+    def _range(self, begin: int, end: int) -> bytes:
+        source = self._source
+        headers = {**build_hf_headers(token=source.token), "Range": f"bytes={begin}-{end - 1}"}
+        try:
+            response = get_session().get(
+                hf_hub_url(source.name, self._name, revision=source.revision), headers=headers, follow_redirects=True
+            )
+            hf_raise_for_status(response)
+        except (HfHubHTTPError, httpx.HTTPError) as error:
+            raise _unreachable(source, self._name, error) from None
+        return bytes(response.content)
 
     def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
         """See :class:`Shard`."""

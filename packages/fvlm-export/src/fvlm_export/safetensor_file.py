@@ -160,6 +160,10 @@ class SafetensorFile:
         count = (end - begin) // info.dtype.itemsize
         return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=begin).reshape(info.shape)
 
+    def small(self, name: str) -> torch.Tensor:
+        """Return a tensor, as :meth:`tensor` does."""
+        return self.tensor(name)
+
     def drop(self) -> None:
         """Nothing: the file is not ours to delete."""
 

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 
 from fvlm_core.errors import CheckpointError
+from fvlm_core.load import load_model
+from fvlm_core.precision import Precision
 from fvlm_export import read_report, save_pretrained_merged
+from fvlm_export.bases import CheckpointBase
 from fvlm_export.remote import RemoteShard
 from fvlm_export.safetensor_file import sha256_of
+from fvlm_export.safetensor_writer import SafetensorWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,14 +29,28 @@ def cold_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return cache
 
 
-def publish(hub: Any, tools: Any, folder: Path) -> Path:
-    """Put the tiny checkpoint on the Hub in small shards."""
+def publish(hub: Any, tools: Any, folder: Path, model: Any = None) -> Path:
+    """Put the tiny checkpoint, or a model made of it, on the Hub in small shards."""
     base = folder / "base"
-    model = tools.load(tools.checkpoint())
+    model = tools.load(tools.checkpoint()) if model is None else model
     model.save_pretrained(base, max_shard_size="300KB")
     tools.processor(tools.checkpoint()).save_pretrained(base)
     hub.add("me/base", {path.name: path.read_bytes() for path in base.iterdir()})
     return base
+
+
+def watch_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the base's shards on the disk whenever one has been fetched."""
+    most: list[int] = []
+    real = RemoteShard._download
+
+    def counted(self: RemoteShard) -> Path:
+        path = real(self)
+        most.append(len(list(path.parent.glob("*.safetensors"))))
+        return path
+
+    monkeypatch.setattr(RemoteShard, "_download", counted)
+    return most
 
 
 def test_shards_come_and_go(
@@ -41,15 +59,7 @@ def test_shards_come_and_go(
     base = publish(hub, tools, tmp_path)
     local = save_pretrained_merged(adapter, tmp_path / "local", base=base, max_shard_size="300KB", progress=False)
     out = tmp_path / "out"
-    most: list[int] = []
-    real = RemoteShard._fetched
-
-    def counted(self: RemoteShard) -> Any:
-        file = real(self)
-        most.append(len(list(self.path.parent.glob("*.safetensors"))))
-        return file
-
-    monkeypatch.setattr(RemoteShard, "_fetched", counted)
+    most = watch_disk(monkeypatch)
     save_pretrained_merged(adapter, out, base="me/base", max_shard_size="300KB", progress=False)
     assert len(list(base.glob("*.safetensors"))) > 4
     assert max(most) <= 2, "a shard or two at a time"
@@ -57,7 +67,60 @@ def test_shards_come_and_go(
     names = {path.name for path in local.iterdir()}
     assert {path.name for path in out.iterdir()} == names
     assert all(sha256_of(out / n) == sha256_of(local / n) for n in names if n.endswith(".safetensors"))
-    assert read_report(out).base == "me/base"
+    assert len(most) == len(list(base.glob("*.safetensors"))), "each was fetched once"
+    report = read_report(out)
+    assert (report.base, report.base_revision) == ("me/base", "0" * 40), "the commit, not the branch"
+
+
+@pytest.mark.parametrize("precision", [Precision.NF4, Precision.INT8])
+def test_a_quantized_base_comes_and_goes_too(
+    hub: Any,
+    tools: Any,
+    adapter: Path,
+    tmp_path: Path,
+    cold_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
+) -> None:
+    """What its tensors will be is read from the states alone, a few bytes each."""
+    model = load_model(tools.checkpoint(), precision=precision, dtype="float16", device_map="cpu")
+    base = publish(hub, tools, tmp_path, model)
+    assert len(list(base.glob("*.safetensors"))) > 2
+    local = save_pretrained_merged(adapter, tmp_path / "local", base=base, max_shard_size="300KB", progress=False)
+    most = watch_disk(monkeypatch)
+    out = save_pretrained_merged(adapter, tmp_path / "out", base="me/base", max_shard_size="300KB", progress=False)
+    assert max(most) <= 2
+    assert len(most) == len(list(base.glob("*.safetensors")))
+    assert read_report(out).files == read_report(local).files
+    assert read_report(out).merged_onto == "dequantized"
+
+
+def test_a_killed_merge_of_a_hub_base_goes_on(
+    hub: Any, tools: Any, adapter: Path, tmp_path: Path, cold_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub, tools, tmp_path)
+    out, work = tmp_path / "out", tmp_path / ".out.unfinished"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: CheckpointBase, slots: Any) -> None:
+        if len(list(work.glob("*.safetensors"))) == 3:
+            shutil.copytree(work, tmp_path / "left")
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointBase, "keep", killed)
+        with pytest.raises(Killed):
+            save_pretrained_merged(adapter, out, base="me/base", max_shard_size="300KB", progress=False)
+    (tmp_path / "left").rename(work)  # as SIGKILL leaves it
+    written: list[str] = []
+    real = SafetensorWriter.finish
+    monkeypatch.setattr(SafetensorWriter, "finish", lambda self: written.append(self.path.name) or real(self))
+    save_pretrained_merged(adapter, out, base="me/base", max_shard_size="300KB", progress=False)
+    names = sorted(read_report(out).files)
+    assert written == names[3:]
+    assert sorted(path.name for path in tmp_path.glob(".out*")) == []
 
 
 def test_an_adapter_that_names_its_hub_base(

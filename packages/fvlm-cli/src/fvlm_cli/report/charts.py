@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_COLOURS = ("#1f4e79", "#c05a12")
-_PALE = ("#9db8d2", "#e8b48e")
+from fvlm_cli.report.drawing import LINES, PALE_LINES, as_svg, drawing
 
 
 @dataclass(frozen=True)
@@ -31,46 +29,43 @@ class Line:
     dots: bool = False
 
 
-def chart(lines: Sequence[Line], label: str, *, width: float = 5.2, height: float = 2.5) -> str:
+def chart(lines: Sequence[Line], label: str, *, width: float = 4.2, height: float = 2.3) -> str:
     """Draw lines against the step.
 
     Args:
         lines: at least one point in all.
-        label: of the vertical axis.
-        width, height: in inches of 72 points.
+        label: what is drawn, above it.
+        width, height: in inches of 72 points; a legend makes it higher.
 
     Returns:
         An ``<svg>`` element that names no other file. The same lines give the same text.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.hashsalt": "fvlm", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    rows = -(-len(lines) // 3) if len(lines) > 1 else 0
+    with drawing():
+        figure = Figure(figsize=(width, height + 0.2 * rows), layout="constrained")
         axes = figure.add_subplot()
         for number, line in enumerate(lines):
-            colours = _PALE if line.faint else _COLOURS
-            marker = "o" if line.dots or len(line.steps) == 1 else None
-            width_of_line = 0.8 if line.faint else 1.6
+            colours = PALE_LINES if line.faint else LINES
             axes.plot(
                 line.steps,
                 line.values,
                 color=colours[line.run],
-                linewidth=width_of_line,
-                marker=marker,
+                linewidth=0.8 if line.faint else 1.6,
+                marker="o" if line.dots or len(line.steps) == 1 else None,
                 markersize=3.5,
-                linestyle="--" if line.dots else "-",
+                linestyle="--" if line.dots else (0, (4, 2)) if line.run else "-",  # seen where one covers the other
                 label=line.name,
                 gid=f"line-{number}",
             )
         axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        axes.set_title(label, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    drawing = text.getvalue()
+        axes.grid(axis="y", alpha=0.15)
+        if rows:
+            figure.legend(loc="outside lower left", frameon=False, fontsize=8, ncols=3)
+        svg = as_svg(figure)
     # Several charts in one page must not share names.
     prefix = re.sub(r"\W+", "-", label).strip("-")
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", drawing[drawing.index("<svg") :])
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)

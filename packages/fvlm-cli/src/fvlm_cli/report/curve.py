@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+
+from fvlm_cli.report.drawing import LINES, PALE_LINES, as_svg, drawing
 
 _SMOOTH = 0.9  # each point of the smooth line keeps so much of the one before
 
@@ -32,22 +33,18 @@ def loss_curve(losses: Sequence[float], *, width: float = 7.2, height: float = 2
     Returns:
         An ``<svg>`` element, without XML declaration, that names no other file. The same losses give the same text.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     steps = range(1, len(losses) + 1)
-    with mpl.rc_context({"svg.hashsalt": "fvlm", "svg.fonttype": "none", "font.family": "sans-serif"}):
+    with drawing():
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="each step", gid="loss-each-step")
-        axes.plot(steps, smoothed(losses), color="#1f4e79", linewidth=1.8, label="moving average")
+        axes.plot(steps, losses, color=PALE_LINES[0], linewidth=0.8, label="each step", gid="loss-each-step")
+        axes.plot(steps, smoothed(losses), color=LINES[0], linewidth=1.8, label="moving average")
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats a token)")
         axes.set_ylim(bottom=0)
         axes.set_xlim(1, max(2, len(losses)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    drawing = text.getvalue()
-    return drawing[drawing.index("<svg") :]
+        return as_svg(figure)

@@ -82,20 +82,30 @@ def curves(runs: Sequence[Gathered]) -> list[tuple[str, str]]:
     """Return (label, SVG) of every chart that there is anything to draw in."""
     found = []
     for label, keys in _CURVES:
-        lines = [line for number, run in enumerate(runs) for line in _lines(run, number, keys, len(runs) > 1)]
+        lines = [
+            line
+            for number, (run, name) in enumerate(zip(runs, short_names(runs), strict=True))
+            for line in _lines(run, number, keys, name if len(runs) > 1 else "")
+        ]
         if lines:
             found.append((label, chart(lines, label)))
     return found
 
 
-def _lines(run: Gathered, number: int, keys: tuple[str, ...], several: bool) -> list[Line]:
+def short_names(runs: Sequence[Gathered]) -> list[str]:
+    """Return what runs are called beside each other: the names of their folders, or the paths where these are equal."""
+    names = [run.folder.name for run in runs]
+    return names if len(set(names)) == len(names) else [run.name for run in runs]
+
+
+def _lines(run: Gathered, number: int, keys: tuple[str, ...], name: str) -> list[Line]:
     points = [(entry["step"], entry[key]) for entry in run.history for key in keys if key in entry]
     if not points:
         return []
     steps, values = zip(*points, strict=True)
-    prefix = f"{run.folder.name} " if several else ""
+    prefix = f"{name} " if name else ""
     if keys != ("loss",):
-        return [Line(f"{prefix}{keys[0]}", steps, values, number)]
+        return [Line(name or keys[0], steps, values, number)]
     lines = [
         Line(f"{prefix}each report", steps, values, number, faint=True),
         Line(f"{prefix}moving average", steps, smoothed(values), number),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fvlm_cli.report.curve import loss_curve
+from fvlm_cli.report.page import write_page
 from fvlm_cli.report.picture import data_uri
 
 if TYPE_CHECKING:
@@ -53,22 +54,15 @@ def write_quickstart_report(
         images: the test images.
         read: what was read on them.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup
 
     rows = zip(images, read.truth, read.before, read.after, strict=True)
     cards = [_Card(data_uri(image), truth, before, after) for image, truth, before, after in rows]
-    environment = Environment(
-        loader=PackageLoader("fvlm_cli", "report/templates"),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("quickstart.html.jinja").render(
+    write_page(
+        path,
+        "quickstart.html.jinja",
         summary=summary,
         curve=Markup(loss_curve(losses)),
         cards=cards[:SHOWN],
         missed=[card for card in cards if card.after != card.truth],
     )
-    path.write_text(page, encoding="utf-8")

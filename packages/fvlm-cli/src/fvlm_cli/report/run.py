@@ -11,11 +11,12 @@ from typing import Any
 from markupsafe import Markup
 
 from fvlm_cli.report.diff import Part, parts
-from fvlm_cli.report.gathered import Gathered, curves
+from fvlm_cli.report.gathered import Gathered, curves, short_names
 from fvlm_cli.report.page import write_page
 from fvlm_core.errors import DataError
 
 METRICS = {"exact_match": "exact match", "cer": "character error rate", "wer": "word error rate", "anls": "ANLS"}
+_MEMORY = ("device_memory_gib", "host_memory_gib")
 _ERRORS = ("cer", "wer", "loss")  # the less the better
 
 
@@ -69,13 +70,16 @@ def write_run_report(path: Path, run: Gathered, other: Gathered | None, most: in
         DataError: a picture of the run is missing.
     """
     runs = [run] if other is None else [run, other]
-    cards = _cards(run, other)
+    names = short_names(runs)
+    cards = _cards(run, other, names[-1])
     shown = cards[:most]
     write_page(
         path,
         "run.html.jinja",
         run=run,
         other=other,
+        names=names,
+        tiles=_tiles(run) if other is None else [],
         facts=[_facts(item) for item in runs],
         metrics=_metrics(runs),
         curves=[(label, Markup(svg)) for label, svg in curves(runs)],
@@ -99,8 +103,8 @@ def _facts(run: Gathered) -> list[tuple[str, str]]:
         "model": config.get("model.name"),
         "precision": config.get("model.precision") or "4bit, or as stored",
         "steps": record.get("steps"),
-        "rows": f"{record.get('rows') or 'a stream'} to train on, {record.get('eval_rows')} to evaluate on",
         "seconds": record.get("seconds"),
+        "rows": f"{record.get('rows') or 'a stream'} to train on, {record.get('eval_rows')} to evaluate on",
         "started": record.get("started"),
         "versions": ", ".join(
             f"{name} {record['versions'][name]}"
@@ -109,6 +113,31 @@ def _facts(run: Gathered) -> list[tuple[str, str]]:
         ),
     }
     return [(name, str(value)) for name, value in found.items() if value is not None]
+
+
+def _tiles(run: Gathered) -> list[tuple[str, str]]:
+    """Return (value, what it is) of the figures that are looked for first."""
+    record, tiles = run.record, []
+    for key, name in (("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
+        if record.get(key) is not None:
+            tiles.append((f"{record[key]:.3f}", name))
+            break
+    for key in ("exact_match", "cer"):
+        before, after = (record.get(f"answers_{when}", {}).get(key) for when in ("before", "after"))
+        if after is not None:
+            was = "" if before is None else f"{before:.1%} → "
+            tiles.append((f"{was}{after:.1%}", METRICS[key]))
+    if record.get("seconds") is not None:
+        tiles.append((_duration(record["seconds"]), f"for {record.get('steps')} steps, loading and saving included"))
+    memory = [entry[key] for entry in run.history for key in _MEMORY if key in entry]
+    if memory:
+        tiles.append((f"{max(memory):.1f} GiB", "peak memory"))
+    return tiles
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds) // 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _metrics(runs: Sequence[Gathered]) -> list[dict[str, Any]]:
@@ -128,14 +157,14 @@ def _metrics(runs: Sequence[Gathered]) -> list[dict[str, Any]]:
     return rows
 
 
-def _cards(run: Gathered, other: Gathered | None) -> list[Card]:
+def _cards(run: Gathered, other: Gathered | None, other_name: str) -> list[Card]:
     """Return all rows that the run answered, the worst first."""
     last = run.after or run.before
     cards = []
     for place, row in last.items():
         sources = [("before", run.before.get(place)), ("after", run.after.get(place))]
         if other is not None:
-            sources.append((f"after, {other.folder.name}", other.after.get(place)))
+            sources.append((f"after, {other_name}", other.after.get(place)))
         answers = [_answer(name, found) for name, found in sources if found is not None]
         before = run.before.get(place)
         right = bool(row["exact_match"])

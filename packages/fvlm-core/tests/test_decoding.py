@@ -12,7 +12,7 @@ from fused_tools import adapted_model
 
 from fvlm_core import Precision
 from fvlm_core.decoding import decoding_report, disable_decoding, enable_decoding
-from fvlm_core.fused import fuse_model
+from fvlm_core.fused import fuse_model, unfuse_model
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "pixtral", "mistral3", "gemma3")
 
@@ -107,16 +107,28 @@ def test_what_changes_between_two_calls_is_noticed(tiny, device):
 def test_states_that_are_left_to_transformers(tiny):
     folder = tiny("qwen2_vl")
     batch = prompts(folder, (1,))
-    model = fast(adapted_model(folder, targets=("language",), use_dora=True).eval())
-    handle = None
-    for reason in ("Dora", "hooks"):
+
+    def answer(model):
         rows = model.generate(**batch, **GREEDY)
         assert torch.equal(rows, type(model.get_base_model()).generate(model.get_base_model(), **batch, **GREEDY))
-        assert any(reason.lower() in told.lower() for told in decoding_report(model).left), decoding_report(model).left
-        if handle is None:
-            model = fast(adapted_model(folder, targets=("language",)).eval())
-            handle = model.get_base_model().model.language_model.layers[0].register_forward_hook(lambda *_: None)
-    assert decoding_report(model).recorded == 0
+        return decoding_report(model)
+
+    dora = answer(fast(adapted_model(folder, targets=("language",), use_dora=True).eval()))
+    assert (dora.recorded, list(dora.left)) == (0, ["a linear layer uses DoraLinearVariant"])
+    model = fast(adapted_model(folder, targets=("language",)).eval())
+    assert answer(model).recorded == 1
+    language = model.get_base_model().model.language_model
+    handle = language.layers[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    assert list(answer(model).left) == ["the language model has hooks"]
+    handle.remove()
+    assert answer(model).recorded == 2
+    model.train()
+    assert "the model is in training mode" in answer(model).left
+    model.eval()
+    language.layers[1].mlp.up_proj = language.layers[0].mlp.up_proj  # other modules, with recordings of the old ones
+    assert answer(model).recorded == 3
+    unfuse_model(model)
+    assert "its layers are not fused" in answer(model).left
 
 
 def test_disabling_undoes_everything(tiny):

@@ -241,7 +241,7 @@ def _launch_narrow(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.T
     rows, k = x.shape
     rank = matrices[0].shape[0]
     t = torch.empty((rows, rank * len(matrices)), dtype=torch.float32, device=x.device)
-    block = min(1024, next_power_of_two(k))
+    block = min(2048, next_power_of_two(k))
     padded = [matrices[min(i, len(matrices) - 1)].contiguous() for i in range(MAX_LAYERS)]
     launch(
         _narrow_kernel,
@@ -256,7 +256,7 @@ def _launch_narrow(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.T
         RANKS=rank * len(matrices),
         ITERATIONS=cdiv(k, block),
         BLOCK_K=block,
-        num_warps=4,
+        num_warps=8 if block == 2048 else 4,
     )
     return t
 

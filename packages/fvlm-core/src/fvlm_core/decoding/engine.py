@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fvlm_core.arch import facts_for, task_model
 from fvlm_core.decoding.cache import FixedCache
-from fvlm_core.decoding.fitness import MOST_ROWS, call_unfit, crossing_layers, model_unfit, state_unfit
+from fvlm_core.decoding.fitness import MOST_ROWS, call_unfit, crossing_layers, model_unfit
 from fvlm_core.decoding.greedy import GreedyChoice
 from fvlm_core.decoding.loop import Collected, Request, answer, is_greedy, rounded_up, run_greedy, run_with_processors
+from fvlm_core.decoding.state import ModelState
 from fvlm_core.decoding.step import DecodingStep, StepError
-from fvlm_core.graphs.state import LayerState
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Decoder:
 
     def __init__(self, model: Any, rehearse: bool) -> None:
         self._model, self._rehearse = model, rehearse
-        self._states: list[LayerState] = []
+        self._state: ModelState | None = None
         self._slots: OrderedDict[tuple[Any, ...], _Slot] = OrderedDict()
         self._recorder: Recorder | None = None
         self.report = DecodingReport()
@@ -100,18 +100,13 @@ class Decoder:
 
     def unfit(self, arguments: Mapping[str, Any]) -> str | None:
         """Say why a call with these arguments is left to transformers, or None."""
-        reason = call_unfit(self._model, arguments)
+        reason = call_unfit(self._model, arguments) or model_unfit(self._language)
         if reason is not None:
             return reason
-        if not self._states or not all(state.holds() for state in self._states):
-            self._look_again()
-        return state_unfit(self._model, self._states[0], self._language)
-
-    def _look_again(self) -> None:
-        """Take in the state that the model is in now; recordings of another one are no longer right."""
-        self._states = [LayerState(self._language), LayerState(self._model.get_output_embeddings())]
-        for slot in self._slots.values():
-            slot.step.forget()
+        if self._state is None or not self._state.holds():
+            self._state = ModelState(self._model, self._language)
+            self._slots.clear()  # recordings of another state are no longer right
+        return self._state.unfit()
 
     def decode(
         self,

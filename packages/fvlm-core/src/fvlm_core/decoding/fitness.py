@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
-
-from fvlm_core.fused.adapted import adapted, why_unfused
 from fvlm_core.fused.kinds import kind_of
-from fvlm_core.graphs.state import LayerState, linear_layers
 
 MOST_ROWS = 8
 _SELF = ("decoder_layer", "sandwich_layer")
@@ -57,22 +52,6 @@ def model_unfit(language: Any) -> str | None:
     types = {parameters.get("rope_type"), *(p.get("rope_type") for p in parameters.values() if isinstance(p, Mapping))}
     if types & set(_ROPES_OF_LENGTH):
         return "its rotary embedding depends on the length"
-    return None
-
-
-def state_unfit(model: Any, state: LayerState, language: nn.Module) -> str | None:
-    """Say why a model is not recorded in the state that it is in, or None."""
-    if model.training:
-        return "the model is in training mode"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return "the model lies on several devices"
-    if type(model.get_output_embeddings()) is not nn.Linear:
-        return "the head is adapted or trained, or there is none"
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in language.modules()):
-        return "whole modules of the language model are trained beside the adapter"
-    if not state.recordable:
-        linear = next((one for one in linear_layers(language) if adapted(one) is None), None)
-        return "the language model has hooks" if linear is None else f"a linear layer {why_unfused(linear)}"
     return None
 
 

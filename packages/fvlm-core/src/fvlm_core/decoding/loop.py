@@ -130,7 +130,7 @@ def _own(tensor: Tensor | None) -> Tensor | None:
 def _make_room(step: DecodingStep, tokens: int, longest: int) -> None:
     """Let the cache hold one more token than before; it doubles where it is full."""
     if tokens > step.cache.capacity:
-        step.cache.grow(rounded_up(min(2 * step.cache.capacity, longest)))
+        step.make_room(rounded_up(min(2 * step.cache.capacity, longest)))
 
 
 @dataclass

@@ -74,6 +74,8 @@ class DecodingStep:
         held = self._carried if set(self._carried) == set(carried) else {}
         self._carried = {n: self._placed(held.get(n), value) for n, value in carried.items()}
         self.logits = self._placed(self.logits, logits.float())
+        if self._recorded_at != self.cache.places():
+            self._tape = None
         self.cache.start_stepping(position)
 
     def _per_row(self, positions: Tensor) -> Tensor:
@@ -86,13 +88,14 @@ class DecodingStep:
             return value.clone(memory_format=torch.contiguous_format)
         return room.copy_(value)
 
-    def forget(self) -> None:
-        """Drop the recording."""
+    def make_room(self, capacity: int) -> None:
+        """Let the cache hold more tokens; what was recorded over the memory before is no longer right."""
+        self.cache.grow(capacity)
         self._tape = None
 
     def run(self) -> None:
         """Compute the logits behind ``ids`` and go one position further."""
-        if self._tape is None or self._recorded_at != self.cache.places():
+        if self._tape is None:
             self._record()
         if self._tape is None:
             raise RuntimeError("a step runs before it was recorded")

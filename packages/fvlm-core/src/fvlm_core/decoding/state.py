@@ -1,0 +1,80 @@
+"""What of a model a recorded step depends on: its modules, their hooks, places of parameters, the active adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from fvlm_core.fused.adapted import adapted, why_unfused
+from fvlm_core.graphs.state import LayerState, linear_layers
+
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def _modules(language: nn.Module) -> list[nn.Module]:
+    """Return a language model's modules; of linear layers, what PEFT put around them and not what is inside."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        found.append(module)
+        if not isinstance(module, BaseTunerLayer | nn.Linear):
+            for child in module.children():
+                visit(child)
+
+    visit(language)
+    return found
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Tell whether a module's call does more than its forward.
+
+    What transformers leaves behind after a call that returned hidden states or attentions does nothing in other calls.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks)
+
+
+class ModelState:
+    """The state that a model is in; compared before every call.
+
+    Args:
+        model: the task model.
+        language: its language model.
+    """
+
+    def __init__(self, model: Any, language: nn.Module) -> None:
+        self._model, self._language = model, language
+        self._head = model.get_output_embeddings()
+        self._found = _modules(language)
+        self._parts = [LayerState(language)] + ([] if self._head is None else [LayerState(self._head)])
+        self._on_one_device = len({parameter.device for parameter in model.parameters()}) == 1
+
+    def holds(self) -> bool:
+        """Whether nothing has changed; values that change in place are no change."""
+        found = _modules(self._language)
+        return (
+            None not in self._parts[0].adapted
+            and self._model.get_output_embeddings() is self._head
+            and len(found) == len(self._found)
+            and all(a is b for a, b in zip(found, self._found, strict=True))
+            and not any(_is_hooked(module) for module in found)
+            and all(part.holds() for part in self._parts)
+        )
+
+    def unfit(self) -> str | None:
+        """Say why a model is not recorded in this state, or None."""
+        if self._model.training:
+            return "the model is in training mode"
+        if not self._on_one_device:
+            return "the model lies on several devices"
+        if type(self._head) is not nn.Linear or _is_hooked(self._head):
+            return "the head is adapted, trained or hooked, or there is none"
+        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self._found):
+            return "whole modules of the language model are trained beside the adapter"
+        if any(_is_hooked(module) for module in self._found):
+            return "the language model has hooks"
+        linear = next((one for one in linear_layers(self._language) if adapted(one) is None), None)
+        return None if linear is None else f"a linear layer {why_unfused(linear)}"

@@ -136,11 +136,13 @@ def test_evaluation_and_generation_after_training(pair):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("mode", ["offload", "auto"])
-def test_a_step_does_not_wait_for_the_device(qwen2_vl_folder, mode):
+def test_a_step_does_not_wait_for_the_device(qwen2_vl_folder, mode, packing):
     model, processor = FastVisionModel.from_pretrained(qwen2_vl_folder, load_in_4bit=True)
     model = FastVisionModel.get_peft_model(model, r=4, use_gradient_checkpointing=mode)
-    batch = FastVisionDataCollator(model, processor)(make_batches(1)[0])
+    batch = FastVisionDataCollator(model, processor, packing=packing)(make_batches(1)[0])
+    assert ("packed_starts" in batch) == packing
     batch = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
     count = torch.tensor(20, device=model.device)
     for turn in range(4):
@@ -153,6 +155,28 @@ def test_a_step_does_not_wait_for_the_device(qwen2_vl_folder, mode):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert graphs_of(model).replayed > graphs_of(model).recorded > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "pixtral", "mistral3"])
+def test_segments_on_a_gpu_give_what_the_padded_batch_gives(family, tmp_path):
+    folder = tiny_checkpoint(family, tmp_path / family)
+    model, processor = FastVisionModel.from_pretrained(str(folder), load_in_16bit=True)
+    model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=8, init_lora_weights=False)
+    steps = []
+    for packing in (False, True):
+        batch = FastVisionDataCollator(model, processor, packing=packing)(make_batches(1)[0])
+        batch = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+        for _ in range(3):  # recorded at the second time
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+        steps.append((loss.item(), flat_gradients(model)))
+    (expected, gradients), (found, ours) = steps
+    assert found == pytest.approx(expected, rel=5e-3)
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= 0.1 * gradient.norm(), name  # two roundings of bfloat16
 
 
 @pytest.mark.parametrize("text_only", [False, True])

@@ -12,6 +12,7 @@ from fvlm_core.arch.packing import packing_of
 from fvlm_core.batch_plan import IMAGE
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_core.fused import CAUSAL_LAYER, has_fused, has_fused_loss
+from fvlm_core.fused.segments import ROW_MULTIPLE, attends_by_segments
 from fvlm_vision.arguments import check_processor, positive
 from fvlm_vision.encoding import Encoder
 from fvlm_vision.labels import label_rows, make_labels, response_marks
@@ -19,7 +20,7 @@ from fvlm_vision.lengths import TokenCounter
 from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
 from fvlm_vision.media_tokens import media_text_pattern
 from fvlm_vision.overflow import OverflowCounts
-from fvlm_vision.packing import packed
+from fvlm_vision.packing import packed, with_segments
 from fvlm_vision.reading import Item, SampleReader, placed
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
 from fvlm_vision.resize import resize_policy
@@ -130,6 +131,7 @@ class FastVisionDataCollator:
         self._plan_media = has_fused(model, "media_model")
         self._is_causal = has_fused(model, CAUSAL_LAYER)
         self._packing = packing_of(task_model(model)) if packing else None
+        self._by_segments = packing and attends_by_segments(model)
         self._plan = None if facts.planner is None else facts.planner(task_model(model))
         self._tells_overflow = True
         self._reader = SampleReader(
@@ -232,8 +234,9 @@ class FastVisionDataCollator:
         if self._plan is not None:
             batch = {**batch, **self._plan(batch)}
         if self._packing is not None:
-            multiple = self.pad_to_multiple_of or 1
+            multiple = self.pad_to_multiple_of or (ROW_MULTIPLE if self._by_segments else 1)
             batch = packed(batch, self._packing, per_token, self._fill(), self.ignore_index, multiple)
+            batch = with_segments(batch) if self._by_segments else batch
         if self.plan_loss:
             batch["label_rows"] = label_rows(batch["labels"], self.ignore_index)
             if self._plan_media and "mm_token_type_ids" in batch:

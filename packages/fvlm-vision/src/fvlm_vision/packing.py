@@ -4,6 +4,9 @@ There is no attention mask in a packed batch. Transformers makes one from the po
 neither a mask nor a cache: so the batch also says `use_cache=False`. The cumulative lengths of flash attention are left
 out on purpose: a model hands its keyword arguments to its vision tower as well, where they would cut images where
 samples end; every flash implementation derives them from the positions.
+
+A model whose fused layers attend by segments (`fvlm_core.fused.segments`) is told under names of their own where
+samples start, and needs no mask of tokens by tokens.
 """
 
 from __future__ import annotations
@@ -12,10 +15,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from fvlm_core.arch.packing import Packing
+
+_LONGEST_MULTIPLE = 256  # of the number that all samples stay below: few numbers, so that recordings serve again
+
+
+def with_segments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a packed row with what a model needs that attends by segments.
+
+    Args:
+        row: from `packed`.
+
+    Returns:
+        The row, with `packed_starts` and `packed_longest`. In the place of its mask stands one of a single NaN, which
+        keeps transformers from making one of the positions; those layers do not read it, and any other would spoil
+        its result, instead of letting samples see each other without a word.
+    """
+    positions = row["position_ids"].flatten(0, -2)[0]  # of several axes the first one counts tokens
+    starts = (positions == 0).nonzero()[:, 0]
+    total = len(positions)
+    starts = torch.cat([starts, starts.new_tensor([total])]).to(torch.int32)
+    longest = -(-int(starts.diff().max()) // _LONGEST_MULTIPLE) * _LONGEST_MULTIPLE
+    mask = torch.full((1, 1, 1, 1), torch.nan)
+    return {**row, "attention_mask": mask, PACKED_STARTS: starts, PACKED_LONGEST: min(longest, total)}
 
 
 def packed(

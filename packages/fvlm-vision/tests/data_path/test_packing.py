@@ -11,7 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from fvlm_core.checkpointing import apply_checkpointing, use_graphs
 from fvlm_core.errors import ConfigError
+from fvlm_core.fused import fuse_model, unfuse_model
+from fvlm_core.graphs import LayerGraphs
 from fvlm_core.testing import FAMILIES
 from fvlm_vision import FastVisionTrainer
 from fvlm_vision.collator import FastVisionDataCollator
@@ -64,6 +67,50 @@ def test_loss_and_gradients_are_the_padded_batchs(family, adapted, processor_of,
     running = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["position_ids"])
     seeing = {**batch, "position_ids": running}
     assert abs(float(loss_and_gradients(model, seeing)[0] / expected[0]) - 1) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pixtral", "mistral3", "gemma3"])
+def test_a_fused_model_attends_by_segments(family, model_of, processor_of, ask):
+    """What the padded batch gives the model's own layers, in fp32; recorded layers included."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model, processor = get_peft_model(model_of(family), config).train(), processor_of(family)
+    samples = [ask(images=1, answer="total 7 " * 5), ask(images=0, answer="x"), ask(images=2, seed=9)]
+    options = {"train_on_responses_only": family == "gemma3"}
+    padded = FastVisionDataCollator(model, processor, **options)(samples)
+    expected = loss_and_gradients(model, padded)
+    fuse_model(model)
+    graphs = LayerGraphs(rehearse=True)
+    use_graphs(model, graphs)
+    apply_checkpointing(model, True)
+    batch = FastVisionDataCollator(model, processor, packing=True, **options)(samples)
+    if family == "gemma3":  # its image tokens see each other both ways, and its window hides what is far
+        assert "packed_starts" not in batch
+    else:
+        assert batch["packed_starts"].diff().tolist()[:3] == padded["attention_mask"].sum(dim=1).tolist()
+        assert batch["input_ids"].shape[1] % 64 == 0
+    for _ in range(3):
+        found = loss_and_gradients(model, batch)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+        assert set(found[1]) == set(expected[1])
+        for name, gradient in expected[1].items():
+            error = float((found[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-12))
+            assert error < 1e-5, (name, error)
+    assert graphs.replayed > graphs.recorded > 0
+    if family != "gemma3":  # whoever does not know what the row is of must not let its samples see each other
+        unfuse_model(model)
+        assert loss_and_gradients(model, batch)[0].isnan()
+
+
+def test_segments_are_left_to_models_that_can(model_of, processor_of, ask):
+    model, processor = model_of("pixtral"), processor_of("pixtral")
+    fuse_model(model)
+    assert "packed_starts" in FastVisionDataCollator(model, processor, packing=True)([ask()])
+    for name, value in (("sliding_window", 16), ("attention_dropout", 0.1)):
+        before = getattr(model.config.text_config, name)
+        setattr(model.config.text_config, name, value)
+        assert "packed_starts" not in FastVisionDataCollator(model, processor, packing=True)([ask()])
+        setattr(model.config.text_config, name, before)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fvlm_core.decoding.stepping import is_stepping
 from fvlm_core.fused.adapted import project
+from fvlm_core.fused.segments import attend_within
 from fvlm_kernels import rotary
 
 _NEEDED = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -74,6 +75,8 @@ def attention_forward(
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
+    packed_starts: Tensor | None = None,
+    packed_longest: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Attend as the layers of the Llama kind do, with or without norms on the heads of queries and keys.
@@ -85,6 +88,8 @@ def attention_forward(
         position_ids: passed on to the attention.
         past_key_values: the cache, or None.
         position_embeddings: cosines and sines ``(batch, tokens, head_dim)``.
+        packed_starts: where the samples of one packed row start (`fvlm_core.fused.segments`), instead of a mask.
+        packed_longest: with it, a number of tokens that no sample has more of.
         **kwargs: passed on to the attention.
 
     Returns:
@@ -103,9 +108,12 @@ def attention_forward(
         k, v = past_key_values.update(k, v, module.layer_idx)
     if "sliding_window" in vars(module):
         kwargs["sliding_window"] = module.sliding_window
+    weights: Any = None
+    scale = setting(module, ("scaling", "scale"))
     if is_stepping(past_key_values):
-        window = kwargs.get("sliding_window")
-        out, weights = past_key_values.attend(q, module.layer_idx, setting(module, ("scaling", "scale")), window), None
+        out = past_key_values.attend(q, module.layer_idx, scale, kwargs.get("sliding_window"))
+    elif packed_starts is not None and packed_longest is not None:
+        out = attend_within(q, k, v, packed_starts, packed_longest, scale)
     else:
         dropout = dropout_of(module)
         out, weights = attend(module, q, k, v, attention_mask, dropout=dropout, position_ids=position_ids, **kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fvlm_core.fused import CAUSAL_LAYER
 from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
+from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
 from fvlm_core.graphs.stage import Arena, Key, Stage, can_round_up, describe
@@ -34,6 +35,9 @@ _FIRST_GUESS = 1 << 28
 """Bytes that the first layer of a kind is taken to keep, before one is recorded."""
 _OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
 """What the names of arguments start with that transformers hands to every layer, and that causal layers do not read."""
+
+_OF_TEXT = (PACKED_STARTS, PACKED_LONGEST)
+"""The same for layers that are not causal."""
 
 Saving = Callable[[], AbstractContextManager[Any]]
 _Prepared = tuple[RecordedLayer, tuple[Any, ...]]
@@ -107,8 +111,8 @@ class LayerGraphs:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         tokens = hidden.shape[-2]
         causal = _is_causal(module)
-        if causal:
-            kwargs = {name: value for name, value in kwargs.items() if not name.startswith(_OF_OTHERS)}
+        others = _OF_OTHERS if causal else _OF_TEXT
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith(others)}
         rounds = causal and can_round_up(kwargs)
         length = -(-tokens // ROUND_TO) * ROUND_TO if rounds else tokens
         about = describe(kwargs, tokens if rounds else None)

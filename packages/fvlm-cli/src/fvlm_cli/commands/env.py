@@ -16,7 +16,7 @@ _TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run model cod
 
 
 def env(model: _MODEL = None, trust_remote_code: _TRUST = False, *, out: Output) -> None:
-    """Show devices, free memory and versions; with --model, what is known about a model's family."""
+    """Show devices, free memory and versions; with --model, its towers, and which accelerations apply and why not."""
     from fvlm_cli.inspection.machine import machine
     from fvlm_cli.versions import versions
 
@@ -24,7 +24,7 @@ def env(model: _MODEL = None, trust_remote_code: _TRUST = False, *, out: Output)
     if model is not None:
         from fvlm_cli.inspection.model import look_at
 
-        found["model"] = look_at(model, trust_remote_code)
+        found["model"] = look_at(model, trust_remote_code, found["devices"])
     out.result(found, lambda console: _show(console, found))
 
 
@@ -59,6 +59,9 @@ def _show_model(console: Console, model: dict[str, Any]) -> None:
             markup=False,
         )
     console.print(f"  stays in 16 bit: {', '.join(model['unquantized']) or 'nothing'}", markup=False)
+    console.print("accelerations of this model here")
+    for item in model["accelerations"]:
+        console.print(f"  {'yes' if item['applies'] else 'no ':<4} {item['name']}: {item['why']}", markup=False)
 
 
 def _gib(total: int | None, free: int | None) -> str:

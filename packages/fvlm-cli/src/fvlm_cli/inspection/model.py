@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fvlm_cli.inspection.accelerations import accelerations
 from fvlm_cli.inspection.opened import open_model
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def look_at(name: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Describe a model: its type, whether facts are written for it, its towers. Of an adapter, its base is described.
+def look_at(name: str, trust_remote_code: bool, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Describe a model: its type, its towers, and which accelerations apply. Of an adapter, its base is described.
+
+    Args:
+        name: a folder or Hub id.
+        trust_remote_code: whether the checkpoint's own code may run.
+        devices: as `machine` describes them.
 
     Raises:
         CheckpointError: there is no model there, or it is of a kind that cannot be loaded.
@@ -31,6 +39,7 @@ def look_at(name: str, trust_remote_code: bool) -> dict[str, Any]:
             if modules
         },
         "unquantized": list(facts.unquantized),
+        "accelerations": [asdict(item) for item in accelerations(opened, devices)],
     }
 
 

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 from docs_tools import CODE, ROOT, blocks, run_page, scans
 
-WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")]
+READMES = [ROOT / "README.md", *ROOT.glob("packages/*/README.md"), *ROOT.glob("examples/*/README.md")]
+WRITTEN = [*READMES, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted(WRITTEN)}
-TUTORIAL = "docs/tutorial.md"  # tests/test_docs_tutorial.py runs it, and looks at what comes out
-RUN = [name for name, path in PAGES.items() if name != TUTORIAL and any(block.runs for block in blocks(path))]
+ELSEWHERE = {  # pages that a test of their own runs
+    "docs/tutorial.md": "tests/test_docs_tutorial.py",
+    "packages/fvlm-core/README.md": "packages/fvlm-core/tests/test_core_readme.py",
+    "packages/fvlm-vision/README.md": "packages/fvlm-vision/tests/model/test_model_readme.py",
+}
+RUN = [name for name, path in PAGES.items() if name not in ELSEWHERE and any(block.runs for block in blocks(path))]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -26,6 +31,11 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
             assert block.mark is not None, f"{where}: is it a file, or not run, and why? say so in a comment before it"
         if block.mark == "not run":
             assert len(str(block.value).split()) > 2, f"{where}: {block.value!r} is no reason"
+
+
+def test_the_tests_of_their_own_are_there() -> None:
+    for page, test in ELSEWHERE.items():
+        assert PAGES[page].name in (ROOT / test).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", RUN)

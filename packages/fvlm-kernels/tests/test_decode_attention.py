@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fvlm_kernels import decode_attention
-from fvlm_kernels.testing import assert_deterministic, check_against_reference, randn
+from fvlm_kernels.testing import assert_deterministic, check_against_reference, randn, strided
 
 CASES = [
     pytest.param(1, 2, 2, 64, 16, 5, id="one-block"),
@@ -89,3 +89,29 @@ def test_refusals(device):
         decode_attention(**given, length=n, visible=torch.ones(2, 3, dtype=torch.bool, device=device))
     with pytest.raises(TypeError, match="cast one"):
         decode_attention(given["q"].half(), given["keys"], given["values"], n)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 137])
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_token_of_its_own_is_kept_and_seen(length, window, impl, device):
+    given = inputs(2, 6, 2, 200, 24, torch.float32, device)
+    given["keys"][:, :, length - 1 :] = given["values"][:, :, length - 1 :] = 7.0
+    fresh = randn(2, 2, 2, 24, dtype=torch.float32, device=device, seed=9)
+    k, v = fresh[0], strided(fresh[1].transpose(0, 1)).transpose(0, 1)
+    visible = torch.ones(2, 200, dtype=torch.bool, device=device)
+    visible[1, : length // 2] = False
+    n = torch.tensor([length], device=device)
+    whole = {name: tensor.clone() for name, tensor in given.items()}
+    whole["keys"][:, :, length - 1], whole["values"][:, :, length - 1] = k, v
+    y = decode_attention(**given, length=n, new=(k, v), visible=visible, window=window, impl=impl)
+    expected = decode_attention(**whole, length=n, visible=visible, window=window, impl="torch")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for name, tensor in whole.items():
+        assert torch.equal(given[name], tensor), name
+
+
+def test_refuses_new_ones_of_another_shape(device):
+    given, n = inputs(2, 4, 2, 64, 16, torch.float32, device), torch.tensor(3, device=device)
+    with pytest.raises(ValueError, match="new key"):
+        decode_attention(**given, length=n, new=(given["q"], given["q"]))

@@ -6,7 +6,8 @@ Maths, for sequence s and a query head h that shares the keys of head h // group
     c is seen when c < length, c ≥ length - window (with a window), and visible[s, c] (where that is given)
 
 There is no gradient: this is for decoding. ``length`` is read on the device, so that a recording of the launches serves
-every length up to the cache's capacity, and what lies behind it is not read.
+every length up to the cache's capacity, and what lies behind it is not read. The token's own key and value may be given
+apart: they are written to column length - 1 by the launch that reads the rest, which saves one for each of them.
 
 Numerics. Scores, softmax and both sums are in fp32; weights are rounded to V's dtype for the second product, as flash
 attention does. The columns are dealt out to programs by length and capacity alone, whose partial results are joined in
@@ -46,7 +47,7 @@ def _ref(
     window: int,
     scale: float,
 ) -> torch.Tensor:
-    """The module's maths in plain PyTorch."""
+    """The module's maths in plain PyTorch, for a cache that holds the token's own key and value."""
     groups = q.shape[1] // keys.shape[1]
     columns = torch.arange(keys.shape[2], device=q.device)
     seen = (columns < length)[None]
@@ -66,6 +67,8 @@ def _partial_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    new_k_ptr,
+    new_v_ptr,
     visible_ptr,
     length_ptr,
     acc_ptr,
@@ -78,6 +81,10 @@ def _partial_kernel(
     stride_vb,
     stride_vh,
     stride_vc,
+    stride_nkb,
+    stride_nkh,
+    stride_nvb,
+    stride_nvh,
     stride_visible,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -85,6 +92,7 @@ def _partial_kernel(
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
+    APPENDS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -98,7 +106,10 @@ def _partial_kernel(
     if WINDOW:
         first = tl.maximum(length - WINDOW, 0)
     begin = first // BLOCK_C
-    share = tl.cdiv(tl.cdiv(length, BLOCK_C) - begin, SPLITS)
+    held = length  # columns that the cache holds already
+    if APPENDS:
+        held = length - 1
+    share = tl.cdiv(tl.cdiv(held, BLOCK_C) - begin, SPLITS)
     offs_g = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
     mask_gd = (offs_g < GROUPS)[:, None] & (offs_d < D)[None, :]
@@ -106,11 +117,25 @@ def _partial_kernel(
     top = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
+    if APPENDS:  # the first program of a head begins with the token itself, and keeps it
+        mask_d = (offs_d < D) & (split == 0)
+        own_k = tl.load(new_k_ptr + batch * stride_nkb + head * stride_nkh + offs_d, mask=mask_d, other=0.0)
+        own_v = tl.load(new_v_ptr + batch * stride_nvb + head * stride_nvh + offs_d, mask=mask_d, other=0.0)
+        tl.store(
+            k_ptr + batch * stride_kb + head * stride_kh + held.to(tl.int64) * stride_kc + offs_d, own_k, mask=mask_d
+        )
+        tl.store(
+            v_ptr + batch * stride_vb + head * stride_vh + held.to(tl.int64) * stride_vc + offs_d, own_v, mask=mask_d
+        )
+        score = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], axis=1) * scale
+        top = tl.where(split == 0, score, top)
+        total = tl.where(split == 0, total + 1.0, total)
+        acc += own_v.to(tl.float32)[None, :]
     block = begin + split * share
     end = block + share
     while block < end:  # not a range: the interpreter takes no tensor for its bound
         offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        seen = (offs_c < length) & (offs_c >= first)
+        seen = (offs_c < held) & (offs_c >= first)
         if MASKED:
             seen = seen & (tl.load(visible_ptr + batch * stride_visible + offs_c, mask=seen, other=0) != 0)
         mask_cd = seen[:, None] & (offs_d < D)[None, :]
@@ -169,6 +194,8 @@ def _attend(
     visible: torch.Tensor | None,
     window: int,
     scale: float,
+    new_key: torch.Tensor | None = None,
+    new_value: torch.Tensor | None = None,
 ) -> torch.Tensor:
     batch, heads_q, d = q.shape
     heads, capacity = keys.shape[1:3]
@@ -185,6 +212,8 @@ def _attend(
         q,
         keys,
         values,
+        new_key,
+        new_value,
         visible,
         length,
         acc,
@@ -193,6 +222,8 @@ def _attend(
         scale,
         *keys.stride()[:3],
         *values.stride()[:3],
+        *((0, 0) if new_key is None else new_key.stride()[:2]),
+        *((0, 0) if new_value is None else new_value.stride()[:2]),
         0 if visible is None else visible.stride(0),
         HEADS=heads,
         GROUPS=groups,
@@ -200,6 +231,7 @@ def _attend(
         SPLITS=splits,
         WINDOW=window,
         MASKED=visible is not None,
+        APPENDS=new_key is not None,
         BLOCK_G=max(16, next_power_of_two(groups)),
         BLOCK_D=block_d,
         BLOCK_C=block_c,
@@ -222,11 +254,33 @@ def _attend(
     return y
 
 
+def _attend_to_more(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    visible: torch.Tensor | None,
+    window: int,
+    scale: float,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+) -> torch.Tensor:
+    return _attend(q, keys, values, length, visible, window, scale, new_key, new_value)
+
+
 _op = register(
     "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor length, Tensor? visible, int window, float scale)"
     " -> Tensor",
     _attend,
     lambda q, keys, values, length, visible, window, scale: torch.empty_like(q, memory_format=torch.contiguous_format),
+)
+_append_op = register(
+    "decode_attention_(Tensor q, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor? visible, int window,"
+    " float scale, Tensor new_key, Tensor new_value) -> Tensor",
+    _attend_to_more,
+    lambda q, keys, values, length, visible, window, scale, new_key, new_value: torch.empty_like(
+        q, memory_format=torch.contiguous_format
+    ),
 )
 
 
@@ -254,12 +308,35 @@ def _check(
         )
 
 
+def _check_new(keys: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for tensor in new:
+        if tensor.shape != (keys.shape[0], keys.shape[1], keys.shape[3]):
+            raise ValueError(
+                f"decode_attention: a new key or value has shape {tuple(tensor.shape)}; with keys "
+                f"{tuple(keys.shape)} it must be (batch, key heads, head_dim)"
+            )
+        check_same_dtype("decode_attention", keys=keys, new=tensor)
+        check_same_device("decode_attention", keys=keys, new=tensor)
+
+
+def _runs_triton(
+    impl: Impl | None,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    new: tuple[torch.Tensor, torch.Tensor] | None,
+) -> bool:
+    in_rows = all(tensor.stride(-1) == 1 for tensor in (keys, values, *(new or ())))
+    return use_triton(impl, q) and q.numel() > 0 and in_rows
+
+
 def decode_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     length: torch.Tensor,
     *,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
     visible: torch.Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -273,6 +350,8 @@ def decode_attention(
             multiple of key heads.
         values: likewise.
         length: one integer on the same device: how many columns of the cache are filled, the token's own included.
+        new: the token's own key and value, ``(batch, key heads, head_dim)`` each, where the cache does not hold them
+            yet; they are written to its column ``length - 1``.
         visible: ``(batch, capacity)`` bool, False for columns that a sequence does not see (its padding); None: all.
         window: how many of the last columns are seen; None: all.
         scale: what scores are multiplied by; None: ``head_dim ** -0.5``.
@@ -286,15 +365,20 @@ def decode_attention(
         TypeError: a dtype does not fit.
 
     Example:
-        >>> keys[:, :, n], values[:, :, n] = k, v
-        >>> y = decode_attention(q, keys, values, torch.tensor([n + 1], device=q.device))
+        >>> y = decode_attention(q, keys, values, torch.tensor([n + 1], device=q.device), new=(k, v))
     """
     _check(q, keys, values, length, visible)
     if window is not None and window <= 0:
         raise ValueError(f"decode_attention: window is {window}; it must be above 0, or None for no window")
+    if new is not None:
+        _check_new(keys, new)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not use_triton(impl, q) or not q.numel() or keys.stride(-1) != 1 or values.stride(-1) != 1:
+    if not _runs_triton(impl, q, keys, values, new):
+        if new is not None:
+            for cache, value in zip((keys, values), new, strict=True):
+                cache.index_copy_(2, length.view(1) - 1, value.unsqueeze(2))
         return _ref(q, keys, values, length, visible, window or 0, scale)
     visible = visible if visible is None or visible.stride(-1) == 1 else visible.contiguous()
-    y: torch.Tensor = _op(q, keys, values, length, visible, window or 0, scale)
+    given = q, keys, values, length, visible, window or 0, scale
+    y: torch.Tensor = _op(*given) if new is None else _append_op(*given, *new)
     return y

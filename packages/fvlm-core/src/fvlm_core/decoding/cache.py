@@ -32,7 +32,8 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
-        self.position: Tensor | None = None
+        self.steps = False
+        self.new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate memory for states of this batch, dtype and device."""
@@ -55,9 +56,9 @@ class FixedLayer(CacheLayerMixin):
         Raises:
             RuntimeError: the prompt comes in several parts, or is longer than the capacity.
         """
-        if self.position is not None and self.capacity is not None:
-            keys, values = self.held()
-            return keys.index_copy_(2, self.position, key_states), values.index_copy_(2, self.position, value_states)
+        if self.steps:
+            self.new = key_states.squeeze(2), value_states.squeeze(2)  # `FixedCache.attend` puts them to the others
+            return key_states, value_states
         if self.length:
             raise RuntimeError("a fixed cache is filled by one forward pass, and a second one came")
         if not self._fits(key_states):
@@ -118,7 +119,6 @@ class FixedCache(Cache):
         self._fixed = [FixedLayer(None if across else capacity) for across in crossing]
         super().__init__(layers=list(self._fixed))
         self.batch, self.capacity, self._device = batch, capacity, device
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.filled = torch.zeros(1, dtype=torch.int64, device=device)
         self.visible = torch.ones((batch, capacity), dtype=torch.bool, device=device)
         self._whole: dict[int, Tensor] = {}
@@ -136,7 +136,7 @@ class FixedCache(Cache):
         if capacity > self.capacity:
             self._resize(capacity)
         for layer in self._fixed:
-            layer.position, layer.length = None, 0
+            layer.steps, layer.length = False, 0
             if layer.capacity is not None and layer.capacity != self.capacity:
                 layer.capacity = self.capacity
         self.visible.fill_(True)
@@ -145,15 +145,13 @@ class FixedCache(Cache):
 
     def start_stepping(self, position: int) -> None:
         """Decode from here on, the next token being at a position (columns before it are filled)."""
-        self.position.fill_(position)
         self.filled.fill_(position + 1)
         vars(self)[STEPPING] = True
         for layer in self._fixed:
-            layer.position = self.position
+            layer.steps = True
 
     def advance(self) -> None:
         """Go one position further; part of what is recorded."""
-        self.position += 1
         self.filled += 1
 
     def grow(self, capacity: int) -> None:
@@ -173,13 +171,21 @@ class FixedCache(Cache):
         return (self.visible.data_ptr(), *(t.data_ptr() for t in held), *(layer.length > 0 for layer in self._fixed))
 
     def attend(self, q: Tensor, layer: int, scale: float, window: int | None) -> Tensor:
-        """Attend from one token a row, ``(batch, heads, 1, head_dim)``, to what is filled.
+        """Keep the token's key and value, and attend from one token a row to what is filled.
+
+        Args:
+            q: ``(batch, heads, 1, head_dim)``.
+            layer: its number.
+            scale: what scores are multiplied by.
+            window: how many of the last columns are seen, or None.
 
         Returns:
             ``(batch, 1, heads, head_dim)``.
         """
-        held = self._fixed[layer].held()
-        y = decode_attention(q.squeeze(2), *held, self.filled, visible=self.visible, window=window, scale=scale)
+        own = self._fixed[layer]
+        y = decode_attention(
+            q.squeeze(2), *own.held(), self.filled, new=own.new, visible=self.visible, window=window, scale=scale
+        )
         return y.unsqueeze(1)
 
     def attend_across(self, q: Tensor, layer: int, scale: float, mask: Tensor | None) -> Tensor:

@@ -42,7 +42,7 @@ class DecodingStep:
     ) -> None:
         self._language, self._head, self.cache, self._recorder = language, head, cache, recorder
         self._autocast = autocast
-        device = cache.position.device
+        device = cache.filled.device
         self.ids = torch.zeros((cache.batch, 1), dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
         self._positions: Tensor | None = None
@@ -102,7 +102,7 @@ class DecodingStep:
         self._tape.replay()
 
     def _record(self) -> None:
-        positions = [self.cache.position, self.cache.filled, self._positions]
+        positions = [self.cache.filled, self._positions]
         before = [t.clone() for t in positions if t is not None]
         self._recorder.warm_up(self._work)
         for tensor, value in zip((t for t in positions if t is not None), before, strict=True):

@@ -17,6 +17,7 @@ ON_GPU = (
     "fused layers",
     "CUDA graphs of checkpointed blocks",
     '"auto" checkpointing',
+    "CUDA graphs of decoding steps",
     "4-bit kernels",
     "flat optimizer",
 )
@@ -59,6 +60,7 @@ def test_without_triton_nothing_is_fused(tmp_path: Path, monkeypatch: pytest.Mon
     ("family", "name", "part"),
     [
         ("smolvlm", "fused layers", "no table of fused layers is written for smolvlm"),
+        ("smolvlm", "CUDA graphs of decoding steps", "the family has no table of fused layers"),
         ("mllama", "packing", "other samples' images"),
         ("mllama", "pixels as bytes until the device", "MllamaImageProcessor"),
         ("gemma3", "vision attention without a loop", "packs images"),

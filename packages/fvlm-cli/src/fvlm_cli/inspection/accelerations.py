@@ -47,6 +47,7 @@ def accelerations(opened: Opened, devices: Sequence[dict[str, Any]]) -> list[Acc
             "CUDA graphs of checkpointed blocks", missing, bool(fused) and "every block that is checkpointed", left
         ),
         _on_gpu('"auto" checkpointing', missing, bool(fused) and "what CUDA graphs run, as far as there is room", left),
+        _decoding(opened, missing),
         _on_gpu("4-bit kernels", missing, "NF4 of bitsandbytes, dequantized in one launch", ""),
         _on_gpu("flat optimizer", missing, "AdamW in 8 and 32 bit, SGD; adapters only", ""),
         _of_family(
@@ -102,6 +103,13 @@ def _on_gpu(name: str, missing: str, covers: str | bool, otherwise: str) -> Acce
 
 def _of_family(name: str, has: bool, covers: str, needs: str) -> Acceleration:
     return Acceleration(name, has, covers if has else f"this family is none that {needs}, or no facts say so")
+
+
+def _decoding(opened: Opened, missing: str) -> Acceleration:
+    from fvlm_core.decoding import decoding_unfit
+
+    why = decoding_unfit(opened.skeleton)
+    return _on_gpu("CUDA graphs of decoding steps", missing, why is None and "up to 8 rows, 4 or 16 bit", why or "")
 
 
 def _packing(opened: Opened) -> Acceleration:

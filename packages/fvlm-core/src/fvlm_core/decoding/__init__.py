@@ -12,9 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fvlm_core.decoding.engine import DecodingReport, decoding_report, disable_decoding, enable_decoding
+    from fvlm_core.decoding.engine import (
+        DecodingReport,
+        decoding_report,
+        decoding_unfit,
+        disable_decoding,
+        enable_decoding,
+    )
 
-__all__ = ["DecodingReport", "decoding_report", "disable_decoding", "enable_decoding"]
+__all__ = ["DecodingReport", "decoding_report", "decoding_unfit", "disable_decoding", "enable_decoding"]
 
 
 def __getattr__(name: str) -> Any:

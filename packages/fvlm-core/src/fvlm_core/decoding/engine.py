@@ -92,12 +92,6 @@ class Decoder:
         """The language model, without its head."""
         return self._model.get_submodule(facts_for(self._model).language[0])
 
-    def never(self) -> str | None:
-        """Say why nothing this model is asked can be decoded by recordings, or None."""
-        if facts_for(self._model).generic:
-            return "the family has no table of fused layers"
-        return model_unfit(self._language)
-
     def unfit(self, arguments: Mapping[str, Any]) -> str | None:
         """Say why a call with these arguments is left to transformers, or None."""
         reason = call_unfit(self._model, arguments) or model_unfit(self._language)
@@ -239,6 +233,18 @@ def _with_stop_strings(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "stopping_criteria": criteria}
 
 
+def decoding_unfit(model: nn.Module) -> str | None:
+    """Say why nothing that a model is asked can be decoded by recordings, on any machine, or None.
+
+    Args:
+        model: a task model, or PEFT's wrapper around one, with its fused layers; weights are not looked at.
+    """
+    facts, inner = facts_for(model), task_model(model)
+    if facts.generic:
+        return "the family has no table of fused layers"
+    return model_unfit(inner.get_submodule(facts.language[0]))
+
+
 def enable_decoding(model: nn.Module, rehearse: bool = False) -> str | None:
     """Let a model's ``generate`` decode by recorded steps from now on.
 
@@ -254,12 +260,11 @@ def enable_decoding(model: nn.Module, rehearse: bool = False) -> str | None:
         return "the model is not on a CUDA device"
     if _DECODER in vars(inner):
         return None
-    decoder = Decoder(inner, rehearse)
-    reason = decoder.never()
+    reason = decoding_unfit(inner)
     if reason is not None:
         logger.info("Decoding stays as transformers has it: %s.", reason)
         return reason
-    vars(inner)[_DECODER] = decoder
+    vars(inner)[_DECODER] = Decoder(inner, rehearse)
     vars(inner)["generate"] = MethodType(_generate, inner)
     return None
 

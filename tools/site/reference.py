@@ -88,18 +88,8 @@ def _yaml(value: Any) -> str:
 
 def command_page() -> str:
     """Return a page with every verb of `fvlm`, its arguments and options, as typer documents them."""
-    command = [
-        sys.executable,
-        "-m",
-        "typer",
-        "fvlm_cli.main",
-        "utils",
-        "docs",
-        "--name",
-        "fvlm",
-        "--title",
-        "The command",
-    ]
+    documents = ("utils", "docs", "--name", "fvlm", "--title", "The command's options")
+    command = (sys.executable, "-m", "typer", "fvlm_cli.main", *documents)
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # The list of verbs repeats the headings, with their sentences cut off.
     return re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text, count=1)

@@ -14,7 +14,7 @@ from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
 from fvlm_core.origin import Origin, set_origin
 from fvlm_core.placement import choose_device_map, enter_device, main_device
-from fvlm_core.precision import Precision, choose_dtype
+from fvlm_core.precision import Precision, choose_dtype, within_range
 from fvlm_core.quantized import (
     adopt_stored_quantization,
     build_skeleton,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from fvlm_core.arch import ArchFacts
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,7 @@ def load_model(
     settled = settle_precision(precision, stored, source.name)
     check_weights(source, options.get("variant"))
     config = _build_config(source, trust_remote_code, options.get("code_revision"))
+    chosen_dtype = within_range(chosen_dtype, dtype, _written_facts(config))
     if stored is not None:
         adopt_stored_quantization(config, source, chosen_dtype, options.get("variant"))
     elif settled.quantized:
@@ -196,6 +199,13 @@ def _check_task(config: PreTrainedConfig, source: Source) -> None:
         )
 
 
+def _written_facts(config: PreTrainedConfig) -> ArchFacts | None:
+    from fvlm_core.arch import facts_by_type
+
+    vision_type = config.vision_config.model_type if "vision_config" in config.sub_configs else None
+    return facts_by_type(config.model_type, vision_type)
+
+
 def _unquantized(config: PreTrainedConfig) -> tuple[str, ...]:
     """What transformers is told not to quantize.
 
@@ -203,10 +213,9 @@ def _unquantized(config: PreTrainedConfig) -> tuple[str, ...]:
     ``mlp.gate_proj`` with it. The written facts name whole towers, which nothing else starts like (tested for every
     family); what is derived for other models is closed off.
     """
-    from fvlm_core.arch import facts_by_type, facts_for
+    from fvlm_core.arch import facts_for
 
-    vision_type = config.vision_config.model_type if "vision_config" in config.sub_configs else None
-    facts = facts_by_type(config.model_type, vision_type)
+    facts = _written_facts(config)
     if facts is not None:
         return facts.unquantized
     return tuple(rf"{re.escape(name)}(\.|$)" for name in facts_for(build_skeleton(config)).unquantized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,10 @@ from fvlm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from fvlm_core.arch import ArchFacts
+
+logger = logging.getLogger(__name__)
 
 
 class Precision(StrEnum):
@@ -119,3 +124,30 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
             "the name of one, or None."
         )
     return found
+
+
+def within_range(dtype: torch.dtype, asked: torch.dtype | str | None, facts: ArchFacts | None) -> torch.dtype:
+    """Return the dtype that a family computes in: float32 in the place of a float16 that cannot hold its activations.
+
+    Args:
+        dtype: from `choose_dtype`.
+        asked: what `choose_dtype` was given.
+        facts: of the family; None where there are none.
+
+    Raises:
+        ConfigError: float16 was asked for by name.
+    """
+    import torch
+
+    if dtype is not torch.float16 or facts is None or not facts.beyond_float16:
+        return dtype
+    if asked is not None and asked != "auto":
+        raise ConfigError(
+            f"dtype={asked!r} does not fit {facts.model_type!r}, whose activations grow beyond what float16 can hold: "
+            "pass dtype='float32', or leave it out."
+        )
+    logger.warning(
+        "The activations of %s grow beyond float16, and this device has no bfloat16: it computes in float32.",
+        facts.model_type,
+    )
+    return torch.float32

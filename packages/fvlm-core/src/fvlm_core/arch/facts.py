@@ -56,6 +56,8 @@ class ArchFacts:
         layers: tower → its lists of blocks, in the order in which they run.
         unquantized: what 4- and 8-bit loading leaves in 16 bit.
         media: where the ids of the placeholder tokens are found.
+        beyond_float16: its activations grow beyond what float16 can hold (65,504), so that it computes in float32 where
+            a device has no bfloat16.
         packs_images: the vision attention gets the patches of all images in one row and their cumulative lengths, so
             that `fvlm_core.attention` can serve it without a loop over images.
         planner: makes what precomputes a batch's positions and boundaries for a model of this family
@@ -78,6 +80,7 @@ class ArchFacts:
     layers: Mapping[Tower, tuple[str, ...]]
     unquantized: tuple[str, ...]
     media: MediaTokens = field(default_factory=MediaTokens)
+    beyond_float16: bool = False
     packs_images: bool = False
     planner: Callable[[PreTrainedModel], QwenPlanner] | None = None
     fused: Mapping[str, str] = field(default_factory=dict)

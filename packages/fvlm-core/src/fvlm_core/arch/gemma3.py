@@ -21,6 +21,7 @@ FACTS = ArchFacts(
         "language": ("model.language_model.layers",),
     },
     unquantized=("lm_head",),
+    beyond_float16=True,
     media=MediaTokens(
         image=("image_token_index",),
         framing=("boi_token_index", "eoi_token_index"),

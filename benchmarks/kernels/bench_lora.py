@@ -1,4 +1,4 @@
-"""Cases of ``lora_linear``, ``lora_qkv`` and ``lora_mlp`` over NF4, against PEFT's layers around bitsandbytes'.
+"""Cases of ``lora_linear``, ``lora_qkv``, ``lora_mlp`` and ``lora_decode`` over NF4, against PEFT's layers.
 
 Both passes are timed together, since what is to be reached is said of both. The provider ``peft`` runs the operations
 of those layers one by one, without the modules around them: in reality it costs a little more Python. ``torch`` is the
@@ -15,7 +15,7 @@ import torch
 from benchmarks.kernels.bench_nf4 import bitsandbytes, nf4_inputs, quant_state
 from benchmarks.kernels.case import Case, Inputs, Kept, Provider, normal, present
 
-from fvlm_kernels import LoRALinear, NF4Weight, dequantize_nf4, lora_linear, lora_mlp, lora_qkv, quick_gelu
+from fvlm_kernels import LoRALinear, NF4Weight, dequantize_nf4, lora_decode, lora_linear, lora_mlp, lora_qkv, quick_gelu
 
 RANK = 16
 ROWS = (512, 8192)
@@ -120,6 +120,8 @@ def _fused(op: str, shapes: Shapes, act: Any) -> Provider:
             return lora_linear(x, layers[0])
         if op == "lora_qkv":
             return lora_qkv(x, layers)
+        if op == "lora_decode":
+            return lora_decode(x, layers)
         gate, *up, down = layers
         return lora_mlp(x, gate, up[0] if up else None, down, activation=act)
 
@@ -165,3 +167,31 @@ def qkv_cases(tiny: bool) -> list[Case]:
 def mlp_cases(tiny: bool) -> list[Case]:
     """Return the cases of ``lora_mlp``."""
     return _cases("lora_mlp", MLP, tiny)
+
+
+def decode_cases(tiny: bool) -> list[Case]:
+    """Return the cases of ``lora_decode``: what layers that share an input read for one row and for eight."""
+    groups = {f"{model} qkv": shapes for model, shapes in QKV.items()} | LINEAR
+    for model, shapes in MLP.items():
+        if "up" in shapes:
+            groups[f"{model} gate and up"] = {name: shapes[name] for name in ("gate", "up")}
+            groups[f"{model} down"] = {"down": shapes["down"]}
+    cases = []
+    for name, full in groups.items():
+        shapes = {part: (n // 64, k // 64) for part, (n, k) in full.items()} if tiny else full
+        for rows in (1, 8):
+            eager = _each(_eager(shapes), shapes)
+            if eager is None:
+                raise TypeError("the reference is always there")
+            base, k = sum(n * k for n, k in shapes.values()), next(iter(shapes.values()))[1]
+            outputs = sum(n for n, _ in shapes.values())
+            moved = base // 2 + base // 64 + 2 * RANK * (k * len(shapes) + outputs) + 2 * rows * (k + outputs)
+            cases.append(
+                Case(
+                    "lora_decode", f"{name}, {rows} rows", partial(_make, shapes=shapes, rows=rows),
+                    present(
+                        torch=eager, peft=_each(_peft(shapes), shapes), fvlm=_fused("lora_decode", shapes, None)
+                    ), eager, forward_bytes=moved, shape={"rows": rows, "weights": base, "rank": RANK},
+                )
+            )  # fmt: skip
+    return cases

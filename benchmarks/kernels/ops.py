@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.kernels import activations, bench_lora, bench_nf4, losses, norms, optimizer, rotations, vision_parts
+from benchmarks.kernels import (
+    activations,
+    bench_decoding,
+    bench_lora,
+    bench_nf4,
+    losses,
+    norms,
+    optimizer,
+    rotations,
+    vision_parts,
+)
 from benchmarks.kernels.case import Case
 
 OPS: dict[str, Callable[[bool], list[Case]]] = {
@@ -22,6 +32,8 @@ OPS: dict[str, Callable[[bool], list[Case]]] = {
     "lora_linear": bench_lora.linear_cases,
     "lora_qkv": bench_lora.qkv_cases,
     "lora_mlp": bench_lora.mlp_cases,
+    "lora_decode": bench_lora.decode_cases,
+    "decode_attention": bench_decoding.attention_cases,
     "linear_cross_entropy": losses.linear_cases,
     "cross_entropy": losses.loss_cases,
     "varlen_attention": vision_parts.attention_cases,

@@ -68,3 +68,34 @@ def test_evaluation_during_training_uses_no_cache(batch, adapted):
     FastVisionModel.for_inference(model)
     with torch.no_grad():
         assert model(**batch).past_key_values is not None
+
+
+def test_training_undoes_recorded_decoding(adapted, prompt):
+    from fvlm_core.decoding import decoding_report, enable_decoding
+    from fvlm_core.fused import fuse_model
+
+    model = adapted()
+    fuse_model(model)
+    FastVisionModel.for_inference(model)
+    inner = model.get_base_model()
+    assert ("generate" in vars(inner)) is (model.device.type == "cuda")
+    enable_decoding(model, rehearse=True)
+    model.generate(**prompt, max_new_tokens=2)
+    assert decoding_report(model).recorded == 1
+    FastVisionModel.for_training(model)
+    assert "generate" not in vars(inner)
+    assert decoding_report(model).recorded == 0
+
+
+@pytest.mark.gpu
+def test_inference_on_a_gpu_decodes_by_recordings(folder, prompt):
+    from fvlm_core.decoding import decoding_report
+
+    model, _ = FastVisionModel.from_pretrained(folder, load_in_4bit=True)
+    model = FastVisionModel.get_peft_model(model)
+    FastVisionModel.for_inference(model)
+    asked = {name: value.to(model.device) for name, value in prompt.items()}
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        rows = model.generate(**asked, max_new_tokens=9, min_new_tokens=9, do_sample=False, use_cache=True)
+    assert rows.shape[1] == asked["input_ids"].shape[1] + 9
+    assert decoding_report(model).recorded == 1, decoding_report(model).summary

@@ -12,11 +12,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from inspect import signature
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -36,14 +36,18 @@ class OneDevice:
         return 0
 
 
+def assembler() -> str:
+    """Return the path of the ptxas that Triton itself would run; which one it is goes by the GPU since Triton 3.6."""
+    return get_ptxas(*[CAPABILITY][: len(signature(get_ptxas).parameters)]).path
+
+
 def spills_of(ptx: str) -> tuple[int, int]:
     """Assemble; return registers a thread and bytes spilled."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(ptxas), "-v", f"--gpu-name={arch}", "-o", "/dev/null", file.name]
+        command = [assembler(), "-v", f"--gpu-name={arch}", "-o", "/dev/null", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
 

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvlm_core.versions import counts_parts_of_seconds
+
 TEXT, IMAGE, VIDEO = 0, 1, 2  # the values of a processor's mm_token_type_ids
 
-Piece = tuple[int, int, int, int]
+Piece = tuple[int, int, int, float]
 """A medium, or a video's frame that stands alone: frames, height and width in patches, temporal positions a frame."""
 
 
@@ -82,8 +84,8 @@ class QwenPlanner:
         seconds = batch.get("second_per_grid_ts")
         if self.tokens_per_second is None or seconds is None:
             return _pieces(grid)
-        # Whole seconds only, as transformers counts them.
-        steps = [self.tokens_per_second * int(value) for value in seconds]
+        counted = float if counts_parts_of_seconds() else int
+        steps = [self.tokens_per_second * counted(value) for value in seconds]
         return [(*sizes, step) for sizes, step in zip(grid.tolist(), steps, strict=True)]
 
     def _vision(self, grid: Tensor) -> dict[str, Any]:
@@ -153,9 +155,10 @@ def _pieces(grid: Tensor | None) -> list[Piece]:
 
 
 @lru_cache(maxsize=1024)  # images of a data set come in few sizes
-def _medium_positions(frames: int, height: int, width: int, step: int) -> Tensor:
+def _medium_positions(frames: int, height: int, width: int, step: float) -> Tensor:
     """Return the `(3, frames * height * width)` positions of a medium that starts at 0; not to be changed."""
-    return torch.cartesian_prod(torch.arange(frames) * step, torch.arange(height), torch.arange(width)).T
+    times = (torch.arange(frames) * step).long()
+    return torch.cartesian_prod(times, torch.arange(height), torch.arange(width)).T
 
 
 def _row_positions(types: Tensor, pending: Mapping[int, Iterator[Piece]], merge_size: int) -> Iterator[Tensor]:

@@ -212,6 +212,8 @@ def _switch(base: PreTrainedModel, mode: bool | str) -> None:
             graphs.keep = mode == "auto"
         function = Recompute(offload=mode in ("offload", "auto"), graphs=graphs)
         base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    elif _supports(base):  # not by the public method, which has another name since transformers 5.23
+        base._set_gradient_checkpointing(enable=False)
     elif base.supports_gradient_checkpointing:
         base.gradient_checkpointing_disable()
 

@@ -106,11 +106,15 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **meta: Any) -> None:
-    """Start ``kernel`` over ``grid`` on the device of its first argument ``x``; an empty grid starts nothing."""
+    """Start ``kernel`` over ``grid`` on the device of its first argument ``x``; an empty grid starts nothing.
+
+    Products are contracted with sums unless ``meta`` says ``enable_fp_fusion=False``: it is said either way, because
+    Triton 3.10 turns its default round.
+    """
     if 0 in grid:
         return
     with on_device(x):
-        kernel[grid](x, *args, **meta)
+        kernel[grid](x, *args, **{"enable_fp_fusion": True, **meta})
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

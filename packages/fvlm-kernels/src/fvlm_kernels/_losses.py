@@ -220,7 +220,8 @@ def _loss_bwd_kernel(
     mask = offs_v < V
     label = tl.load(labels_ptr + row).to(tl.int64)
     kept = label != ignore_index
-    x = tl.load(logits_ptr + row * stride_logits + offs_v, mask=mask & kept, other=0.0)
+    read = offs_v < tl.where(kept, V, 0)  # not "mask & kept": the interpreter of Triton 3.9 cannot widen a scalar bool
+    x = tl.load(logits_ptr + row * stride_logits + offs_v, mask=read, other=0.0)
     z, slope = _score(x.to(tl.float32), cap, SCALE, HAS_CAP)
     peak = tl.load(norms_ptr + row * 2)
     log_sum = tl.load(norms_ptr + row * 2 + 1)

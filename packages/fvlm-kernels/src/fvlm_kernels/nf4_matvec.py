@@ -78,7 +78,7 @@ def _nf4_matvec_kernel(
             xs = xs + (tl.load(x_ptr + at_x, mask=mask_w[:, None], other=0.0).to(tl.float32),)
         more = ()
         for r in tl.static_range(BLOCK_N):
-            mask = mask_w & (first + r < N)
+            mask = offs_w < tl.where(first + r < N, WORDS, 0)  # Triton 3.9's interpreter cannot widen a scalar bool
             at = (first + r).to(tl.int64) * WORDS + offs_w
             words = tl.load(packed_ptr + at, mask=mask, other=0)
             block = at // (BLOCKSIZE // 8)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     Images = Sequence[Sequence[Image.Image]]
     Videos = Sequence[Sequence[Video]]
 
-_REFUSALS = (ValueError, RuntimeError, ZeroDivisionError)  # what processors raise for pixels or text they cannot take
+# What processors raise for pixels or text they cannot take; Llama 3.2's of transformers 5.18 and newer an IndexError
+# where the first sample has no image.
+_REFUSALS = (ValueError, RuntimeError, ZeroDivisionError, IndexError)
 _NOT_FOR_THE_MODEL = ("offset_mapping", "text_replacement_offsets", "labels")
 
 

@@ -28,6 +28,8 @@ _UNUSABLE = (
     ("truncation_mode", "keep_start", "cutting the start would cut images"),
     ("completion_only_loss", (None, True), "use messages to learn the prompt as well"),
 )
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""The setting's name, and the one that transformers 5.23 has beside it and reads."""
 
 
 def own_copy(args: TrainingArguments | None) -> SFTConfig:
@@ -41,7 +43,9 @@ def own_copy(args: TrainingArguments | None) -> SFTConfig:
     elif isinstance(args, SFTConfig):
         own = copy.copy(args)
         own.accelerator_config = copy.copy(args.accelerator_config)
-        own.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)
+        for name in _CHECKPOINTING:
+            if f"{name}_kwargs" in vars(args):
+                setattr(own, f"{name}_kwargs", copy.copy(vars(args)[f"{name}_kwargs"]))
     else:
         settings = args.to_dict()
         settings["hub_token"] = args.hub_token  # to_dict hides it
@@ -75,7 +79,9 @@ def align(args: SFTConfig, model: PreTrainedModel) -> None:
         put("fp16", dtype == torch.float16 and not on_cpu)
         args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if origin is not None:
-        put("gradient_checkpointing", False)  # the model's own mode stands
+        for name in _CHECKPOINTING:
+            if name in vars(args):
+                put(name, False)  # the model's own mode stands
     if on_cpu:
         vars(args)["_setup_devices"] = torch.device("cpu")  # "cpu:1" of a second process is no place to load to
     if args.world_size > 1:

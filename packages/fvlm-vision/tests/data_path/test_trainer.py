@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig
 
+from fvlm_core.checkpointing import checkpointing_mode
 from fvlm_core.origin import Origin, set_origin
 from fvlm_core.precision import Precision
 from fvlm_vision.collator import FastVisionDataCollator
@@ -102,7 +103,7 @@ def test_checkpointing_of_an_fvlm_model_stands(lora, processor, rows, arguments)
     set_origin(model.get_base_model(), Origin("x", None, Precision.HALF, False, "float32", False))
     trainer = FastVisionTrainer(model=model, tokenizer=processor, train_dataset=rows, args=arguments(max_steps=1))
     trainer.train()
-    assert not model.get_base_model().is_gradient_checkpointing
+    assert checkpointing_mode(model) is False
 
 
 def test_the_models_forward_is_its_own(lora, processor, rows, arguments):

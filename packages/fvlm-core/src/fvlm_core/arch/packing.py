@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fvlm_core.errors import ConfigError
+from fvlm_core.versions import mixes_up_packed_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,11 @@ def packing_of(model: PreTrainedModel) -> Packing:
     if model_type in _REFUSED:
         raise ConfigError(
             f"packing=True cannot be used with {model_type!r}: {_REFUSED[model_type]}; leave packing out."
+        )
+    if model_type == "gemma3" and mixes_up_packed_images():
+        raise ConfigError(
+            "packing=True cannot be used with 'gemma3' and transformers 5.23 or newer, which mixes up the images of "
+            "packed samples; leave packing out, or install an older transformers."
         )
     text = model.config.get_text_config()
     found = _PACKED.get(model_type)

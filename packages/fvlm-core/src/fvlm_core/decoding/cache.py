@@ -63,7 +63,7 @@ class FixedLayer(CacheLayerMixin):
             raise RuntimeError("a fixed cache is filled by one forward pass, and a second one came")
         if not self._fits(key_states):
             self.lazy_initialization(key_states, value_states)
-        self.length = key_states.shape[2]
+        self.length, self.is_initialized = key_states.shape[2], True
         for room, states in zip(self.held(), (key_states, value_states), strict=True):
             room[:, :, : self.length].copy_(states)
         return key_states, value_states
@@ -137,6 +137,7 @@ class FixedCache(Cache):
             self._resize(capacity)
         for layer in self._fixed:
             layer.steps, layer.length = False, 0
+            layer.is_initialized = False  # what is left of an earlier prompt is not to be seen; its memory stays
             if layer.capacity is not None and layer.capacity != self.capacity:
                 layer.capacity = self.capacity
         self.visible.fill_(True)

@@ -22,6 +22,7 @@ from fvlm_core.decoding.greedy import GreedyChoice
 from fvlm_core.decoding.loop import Collected, Request, answer, is_greedy, rounded_up, run_greedy, run_with_processors
 from fvlm_core.decoding.state import ModelState
 from fvlm_core.decoding.step import DecodingStep, StepError
+from fvlm_core.fused.cache import FIELD
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Decoder:
         longest = request.criteria.max_length
         slot = self._slot(request, model_kwargs, longest)
         recorder = self._recorder_for(request.ids.device)
-        model_kwargs["past_key_values"] = slot.cache
+        model_kwargs[FIELD] = slot.cache
         prompt: dict[str, Any] = {}
         handle = self._language.register_forward_pre_hook(
             lambda _module, _args, kwargs: prompt.update(kwargs), with_kwargs=True

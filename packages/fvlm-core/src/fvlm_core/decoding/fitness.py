@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fvlm_core.fused.cache import NAMES
 from fvlm_core.fused.kinds import kind_of
 
 MOST_ROWS = 8
@@ -29,7 +30,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 """Settings of generation → the values, beside None, that the plain loop is for."""
 _ARGUMENTS = (
-    *("assistant_model", "past_key_values", "custom_generate", "inputs_embeds", "negative_prompt_ids"),
+    *("assistant_model", *NAMES, "custom_generate", "inputs_embeds", "negative_prompt_ids"),
     *("prefix_allowed_tokens_fn", "synced_gpus", "adapter_names", "encoder_outputs", "position_ids"),
 )
 """Arguments of ``generate`` that are not for it."""

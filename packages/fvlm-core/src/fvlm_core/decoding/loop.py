@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fvlm_core.decoding.greedy import GreedyChoice
 from fvlm_core.decoding.watch import Watch
+from fvlm_core.fused.cache import FIELD
 
 if TYPE_CHECKING:
     from fvlm_core.decoding.step import DecodingStep
@@ -190,9 +191,10 @@ def answer(request: Request, rows: Tensor, collected: Collected, step: DecodingS
         request.streamer.end()
     if not request.config.return_dict_in_generate:
         return rows
+    held: dict[str, Any] = {FIELD: step.cache.as_dynamic(text_config, rows.shape[1] - 1)}
     return GenerateDecoderOnlyOutput(
         sequences=rows,  # type: ignore[arg-type]
         scores=collected.scores,  # type: ignore[arg-type]
         logits=collected.logits,  # type: ignore[arg-type]
-        past_key_values=step.cache.as_dynamic(text_config, rows.shape[1] - 1),
+        **held,
     )

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fvlm_core.decoding.cache import FixedCache
+from fvlm_core.fused.cache import FIELD, NAMES
 from fvlm_core.graphs.tape import Recorder, Tape
 
 CARRIED = {"cross_attention_mask": 2, "full_text_row_masked_out_mask": 2}
 """Arguments of a language model that a decoding step takes over from the prompt's last token → their token axis."""
 DROPPED = (
-    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", *NAMES),
     *("cross_attention_states", "visual_pos_masks", "deepstack_visual_embeds", "return_dict", "cache_position"),
 )
 """Arguments that a step has its own of, or that concern the prompt's images alone."""
@@ -122,8 +123,8 @@ class DecodingStep:
                 inputs_embeds=self._language.get_input_embeddings()(self.ids),
                 attention_mask=self._mask,  # a mask that is made already; the cache attends itself
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{FIELD: self.cache},
                 **self._carried,
             ).last_hidden_state
             logits.copy_(self._head(hidden[:, -1]))

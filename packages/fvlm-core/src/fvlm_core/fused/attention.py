@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fvlm_core.decoding.stepping import is_stepping
 from fvlm_core.fused.adapted import project
+from fvlm_core.fused.cache import cache_in, updated
 from fvlm_core.fused.segments import attend_within
 from fvlm_kernels import rotary
 
@@ -73,7 +74,6 @@ def attention_forward(
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     packed_starts: Tensor | None = None,
     packed_longest: int | None = None,
@@ -86,11 +86,10 @@ def attention_forward(
         hidden_states: ``(batch, tokens, hidden)``.
         attention_mask: as the model made it, or None.
         position_ids: passed on to the attention.
-        past_key_values: the cache, or None.
         position_embeddings: cosines and sines ``(batch, tokens, head_dim)``.
         packed_starts: where the samples of one packed row start (`fvlm_core.fused.segments`), instead of a mask.
         packed_longest: with it, a number of tokens that no sample has more of.
-        **kwargs: passed on to the attention.
+        **kwargs: the cache, and what is passed on to the attention.
 
     Returns:
         ``(batch, tokens, hidden)`` and the attention weights, or None for them.
@@ -104,14 +103,15 @@ def attention_forward(
     if position_embeddings is None:
         raise TypeError("position_embeddings is missing; the language model makes it and hands it to every layer")
     q, k = rotary(q, k, *position_embeddings)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, module.layer_idx)
+    cache = cache_in(kwargs)
+    if cache is not None:
+        k, v = updated(cache, k, v, module.layer_idx, kwargs)
     if "sliding_window" in vars(module):
         kwargs["sliding_window"] = module.sliding_window
     weights: Any = None
     scale = setting(module, ("scaling", "scale"))
-    if is_stepping(past_key_values):
-        out = past_key_values.attend(q, module.layer_idx, scale, kwargs.get("sliding_window"))
+    if is_stepping(cache):
+        out = cache.attend(q, module.layer_idx, scale, kwargs.get("sliding_window"))
     elif packed_starts is not None and packed_longest is not None:
         out = attend_within(q, k, v, packed_starts, packed_longest, scale)
     else:
@@ -131,7 +131,6 @@ def cross_attention_forward(
     module: Any,
     hidden_states: Tensor,
     cross_attention_states: Tensor | None = None,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
@@ -143,10 +142,9 @@ def cross_attention_forward(
         hidden_states: ``(batch, tokens, hidden)``.
         cross_attention_states: what the vision tower found, ``(batch · images · tiles, patches, hidden)``; None: keys
             and values are in the cache.
-        past_key_values: the cache, or None.
         attention_mask: which image tokens a text token sees, as the model made it.
         use_cache: not read, as in the class; the attention does not get it.
-        **kwargs: passed on to the attention.
+        **kwargs: the cache, and what is passed on to the attention.
 
     Returns:
         ``(batch, tokens, hidden)`` and the attention weights, or None for them.
@@ -154,22 +152,22 @@ def cross_attention_forward(
     Raises:
         ValueError: there are neither states nor cached keys.
     """
-    rows = hidden_states.shape[0]
+    rows, cache = hidden_states.shape[0], cache_in(kwargs)
     (q,) = project(hidden_states, (module.q_proj,), module.training)
     q = module.q_norm(q.view(rows, -1, module.num_heads, module.head_dim)).transpose(1, 2)
     if cross_attention_states is not None:
         made = project(cross_attention_states, (module.k_proj, module.v_proj), module.training)
         k, v = (x.reshape(rows, -1, module.num_key_value_heads, module.head_dim) for x in made)
         k, v = module.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, module.layer_idx)
-    elif past_key_values is not None and past_key_values.get_seq_length() > 0:
-        cached = past_key_values.layers[module.layer_idx]
+        if cache is not None:
+            k, v = updated(cache, k, v, module.layer_idx, kwargs)
+    elif cache is not None and cache.get_seq_length() > 0:
+        cached = cache.layers[module.layer_idx]
         k, v = cached.keys, cached.values
     else:
         raise ValueError("cross attention got neither cross_attention_states nor a cache that holds their keys")
-    if is_stepping(past_key_values):
-        out, weights = past_key_values.attend_across(q, module.layer_idx, module.scaling, attention_mask), None
+    if is_stepping(cache):
+        out, weights = cache.attend_across(q, module.layer_idx, module.scaling, attention_mask), None
     else:
         out, weights = attend(module, q, k, v, attention_mask, dropout=dropout_of(module), **kwargs)
     out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()

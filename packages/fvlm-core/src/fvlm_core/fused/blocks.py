@@ -43,7 +43,6 @@ def cross_layer_forward(
     attention_mask: Tensor | None = None,
     full_text_row_masked_out_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
     use_cache: bool | None = None,
     position_embeddings: Any = None,
     **kwargs: Any,
@@ -58,10 +57,9 @@ def cross_layer_forward(
         attention_mask: not read, as are all that follow but the next: they are for layers of self-attention.
         full_text_row_masked_out_mask: ``(batch, 1, tokens, 1)``, 0 for tokens that see no image, or None.
         position_ids: not read.
-        past_key_values: the cache, or None.
         use_cache: not read.
         position_embeddings: not read.
-        **kwargs: passed on to the attention.
+        **kwargs: the cache, and what else is passed on to the attention.
 
     Returns:
         ``(batch, tokens, hidden)``.
@@ -70,7 +68,6 @@ def cross_layer_forward(
         hidden_states=normalized(module.input_layernorm, hidden_states),
         attention_mask=cross_attention_mask,
         cross_attention_states=cross_attention_states,
-        past_key_values=past_key_values,
         **kwargs,
     )
     attended = _gated(module, "cross_attn_attn_gate", attended)

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fvlm_core.arch import facts_for, plain_modules, task_model
 from fvlm_core.errors import CheckpointError
 from fvlm_core.fused.adapted import forget
+from fvlm_core.fused.cache import NAMES
 from fvlm_core.fused.kinds import KIND, kind_of
 from fvlm_core.fused.table import LAYERS
 
@@ -24,7 +27,7 @@ __all__ = ["FusionReport", "fuse_model", "fusion_report", "kind_of", "unfuse_mod
 logger = logging.getLogger(__name__)
 
 _REPORT = "_fvlm_fused"
-_CACHES = ("past_key_values", "layer_past", "use_cache")
+_CACHES = (*NAMES, "layer_past")
 """A layer that is computed a second time must not write to a cache twice."""
 
 
@@ -134,8 +137,10 @@ def _with_signature(
 
     @functools.wraps(replaced)
     def bound(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if checkpointed and module.training and module.gradient_checkpointing:
-            uncached = {name: value for name, value in kwargs.items() if name not in _CACHES} | {"use_cache": False}
+        if checkpointed and module.training and module.gradient_checkpointing and torch.is_grad_enabled():
+            uncached = {name: value for name, value in kwargs.items() if name not in _CACHES}
+            if "use_cache" in uncached:
+                uncached["use_cache"] = False
             return module._gradient_checkpointing_func(functools.partial(forward, module, **uncached), *args)
         return forward(module, *args, **kwargs)
 
@@ -146,7 +151,8 @@ def _with_signature(
 def _checkpoints_in_forward(module: nn.Module) -> bool:
     """Tell whether a module's class checkpoints in its forward, which the fused one must then do in its stead.
 
-    transformers does it in a layer's ``__call__`` up to some version, and in its ``forward`` after that.
+    transformers does it in a layer's ``__call__`` up to 5.22, and in its ``forward`` after that, there only while
+    gradients are computed: without them the layer runs as it is, cache included.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fvlm_core.fused.cache import cache_of
 from fvlm_core.fused.media import MEDIA_ROWS
 from fvlm_kernels import linear_cross_entropy
 
@@ -65,10 +66,10 @@ def task_model_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     loss, counts = causal_loss(outputs.last_hidden_state, module.lm_head, labels, rows, num_items)
     return FusedCausalLMOutput(
         loss=cast("Any", loss),
-        past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
         learned_tokens=counts,
+        **cache_of(outputs),
     )
 
 

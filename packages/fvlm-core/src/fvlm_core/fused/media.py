@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fvlm_core.fused.cache import NAMES
+
 MEDIA_ROWS = "media_rows"
 """Key of a batch that holds where the tokens of its images are, as the collator counted them."""
 _PREFIX = "image_"
@@ -37,5 +39,5 @@ def media_model_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _is_planned(kwargs: dict[str, Any]) -> bool:
     needed = ("input_ids", "position_ids", "pixel_values", "image_grid_thw")
-    others = ("pixel_values_videos", "past_key_values", "inputs_embeds")
+    others = ("pixel_values_videos", "inputs_embeds", "mm_encoder_outputs", *NAMES)
     return all(kwargs.get(n) is not None for n in needed) and all(kwargs.get(n) is None for n in others)

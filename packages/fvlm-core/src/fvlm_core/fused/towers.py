@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from fvlm_core.attention import varlen_attention_forward
 from fvlm_core.fused.adapted import project
@@ -115,7 +115,8 @@ def packed_tower_forward(
         module: the tower.
         pixel_values: ``(images, channels, height, width)``, padded to the largest image.
         image_sizes: ``(images, 2)``, height and width of each image in pixels; None: they are not padded.
-        output_hidden_states: whether the output holds what comes out of every layer.
+        output_hidden_states: whether the output holds what goes into the first layer and comes out of every one; or,
+            in newer transformers, the places among these of those that are wanted, the others being None.
         **kwargs: passed on to the layers.
 
     Returns:
@@ -134,20 +135,29 @@ def packed_tower_forward(
     lengths = [high * wide for high, wide in sizes]
     segments = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(hidden.device, non_blocking=True)
     tables = module.patch_positional_embedding(hidden, positions)
-    states = [hidden]
-    for layer in module.transformer.layers:
+    layers = module.transformer.layers
+    wanted = _wanted_states(output_hidden_states, len(layers) + 1)
+    states = [hidden if 0 in wanted else None]
+    for place, layer in enumerate(layers, start=1):
         hidden = layer(hidden, position_embeddings=tables, segments=segments, longest=max(lengths), **kwargs)
-        if output_hidden_states:
-            states.append(hidden)
-    found: Any = tuple(states) if output_hidden_states else None
-    return BaseModelOutput(last_hidden_state=hidden, hidden_states=found)
+        states.append(hidden if place in wanted else None)
+    found: Any = tuple(states) if wanted else None
+    return BaseModelOutputWithPooling(last_hidden_state=hidden, hidden_states=found)
+
+
+def _wanted_states(asked: Any, count: int) -> set[int]:
+    """Return which of a tower's hidden states its output holds; a negative place counts from the last."""
+    if asked is None or isinstance(asked, bool):
+        return set(range(count)) if asked else set()
+    places = [asked] if isinstance(asked, int) else asked
+    return {place % count for place in places if -count <= place < count}
 
 
 def _can_pack(module: Any, output_hidden_states: Any, kwargs: dict[str, Any]) -> bool:
     config = module.config
     return (
         config._attn_implementation == "sdpa"
-        and isinstance(output_hidden_states, bool | None)
+        and isinstance(output_hidden_states, bool | int | list | tuple | None)
         and not (config.output_hidden_states and output_hidden_states is None)
         and not kwargs.get("output_attentions", config.output_attentions)
         and kwargs.get("return_dict") is not False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -85,6 +86,52 @@ def test_an_adapter_is_merged_and_arrives(hub: Any, hub_module: Any, adapter: Pa
     there = hub.repos["me/model"].branches["main"]
     assert there["model.safetensors"] == (here / "model.safetensors").read_bytes()
     assert "adapter_config.json" not in there
+
+
+def test_every_option_of_the_repository_is_honoured(hub: Any, hub_module: Any, adapter: Path, tmp_path: Path) -> None:
+    """Sent shard by shard from a working folder to a branch, and as a pull request."""
+    held: list[int] = []
+    work = tmp_path / "work"
+    work.mkdir()
+    hub.on_put = lambda: held.append(len(list(work.rglob("*.safetensors"))))
+    done = push(
+        hub, adapter, hub_module.TOKEN, tmp_path, "--public", "--revision", "trained", "--commit-message", "mine",
+        "--max-shard-size", "300KB", "--dtype", "bfloat16", "--working-dir", str(work), "--delete-uploaded",
+        "--metric", "loss=0.5", "--data", "me/receipts",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["me/model"]
+    assert not repo.private
+    assert repo.commits == [("trained", "mine")]
+    assert repo.branches["main"] == {}
+    there = repo.branches["trained"]
+    assert json.loads(there["config.json"])["dtype"] == "bfloat16"
+    assert len([name for name in there if name.endswith(".safetensors")]) > 2
+    assert set(held) == {1}
+    assert list(work.iterdir()) == []
+    report = json.loads(there["fvlm_export.json"])
+    assert (report["metrics"], report["data"]) == ({"loss": 0.5}, ["me/receipts"])
+    assert report["verified"]["weights"]
+    assert not any(hub_module.TOKEN.encode() in content for content in there.values())
+    done = push(hub, adapter, hub_module.TOKEN, tmp_path, "--create-pr", "--no-verify", "--save-method", "lora")
+    assert json.loads(done.stdout)["url"] == f"{hub.url}/me/model/discussions/1"
+    assert "adapter_config.json" in repo.branches["refs/pr/1"]
+    assert repo.branches["main"] == {}
+
+
+def test_the_token_is_on_no_command_line(hub: Any, hub_module: Any, adapter: Path, tmp_path: Path) -> None:
+    """While a push runs, no process of this machine shows the token to `ps`."""
+    shown: list[bytes] = []
+
+    def look() -> None:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                shown.append(path.read_bytes())
+
+    hub.on_put = look
+    assert push(hub, adapter, hub_module.TOKEN, tmp_path).returncode == 0
+    assert any(b"push" in line and b"me/model" in line for line in shown), "the push itself was seen"
+    assert not any(hub_module.TOKEN.encode() in line for line in shown)
 
 
 def test_a_token_without_rights_is_a_remote_failure(hub: Any, hub_module: Any, adapter: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fvlm_cli.quickstart.progress import LineWatcher
 from fvlm_cli.quickstart.reading import exact_match, transcribe
 from fvlm_cli.quickstart.run import Settings, run
 from fvlm_core.errors import CheckpointError, ConfigError
+from fvlm_export import save_pretrained_merged
 
 STEPS, IMAGES = 25, 48
 PROMISED = {
@@ -65,6 +66,16 @@ def test_the_merged_folder_reads_what_the_summary_says(finished):
     test = writings(IMAGES, 3, test=True)
     answers = transcribe(model, AutoProcessor.from_pretrained(folder / "merged"), [w.image for w in test])
     assert exact_match(answers, [w.text for w in test]) == pytest.approx(summary.accuracy_merged, abs=0.03)
+
+
+def test_merged_from_folders_it_reads_exactly_as_the_trained_model(finished, tmp_path):
+    """Train, merge onto what training saw, reload by stock transformers: the accuracy on the test set is equal."""
+    summary, folder, _ = finished
+    merged = save_pretrained_merged(folder / "adapter", tmp_path / "merged", base="dequantized", progress=False)
+    model = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
+    test = writings(IMAGES, 3, test=True)
+    answers = transcribe(model, AutoProcessor.from_pretrained(merged), [w.image for w in test])
+    assert exact_match(answers, [w.text for w in test]) == summary.accuracy_after
 
 
 def test_the_adapter_loads_in_plain_peft_and_trains_both_towers(finished):

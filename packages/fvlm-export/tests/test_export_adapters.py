@@ -84,6 +84,12 @@ def test_two_adapters_with_weights(tools: Any, tmp_path: Path) -> None:
 
     weights = {"default": 0.5, "second": -1.5}
     first, second = tmp_path / "adapters", tmp_path / "adapters" / "second"
+    live = save_pretrained_merged(model, tmp_path / "live", adapters=weights, progress=False)
+    verified = read_report(live).verified["logits"]
+    assert verified["error"] < verified["limit"], "the model was weighed as the merge was, for the comparison"
+    assert torch.equal(tools.logits(model, base), both), "and as before afterwards"
+    alone = save_pretrained_merged(model, tmp_path / "alone", adapters={"second": 1.0}, progress=False)
+    assert "other adapters" in read_report(alone).verified["logits"]["skipped"]
     folders = save_pretrained_merged(
         first, tmp_path / "weighted", base=base, adapters={str(first): 0.5, str(second): -1.5}, progress=False
     )
@@ -91,7 +97,8 @@ def test_two_adapters_with_weights(tools: Any, tmp_path: Path) -> None:
         for adapter, weight in weights.items():
             if isinstance(module, LoraLayer) and adapter in module.scaling:
                 module.scaling[adapter] *= weight
-    assert tools.distance(tools.logits(tools.load(folders), folders), tools.logits(model, base)) < 1e-5
+    for out in (folders, live):
+        assert tools.distance(tools.logits(tools.load(out), out), tools.logits(model, base)) < 1e-5
 
 
 def test_only_the_active_adapter_is_merged(tools: Any, tmp_path: Path) -> None:

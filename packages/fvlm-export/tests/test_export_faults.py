@@ -92,6 +92,12 @@ def test_torn_adapter(tools: Any, adapter: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=sentence) as caught:
             merge(torn, outputs / "out", base)
         assert "\n" not in str(caught.value)
+    saved = tmp_path / "saved"
+    tools.adapted(tools.load(base), modules_to_save=["merger"]).save_pretrained(saved)
+    module = next(name for name in load_file(saved / file) if "merger.mlp.0.weight" in name)
+    torn = edit(saved, tmp_path / "without", file, lambda t: t.pop(module))
+    with pytest.raises(CheckpointError, match=rf"lacks '{module}'"):
+        merge(torn, outputs / "out", base)
     pickled = shutil.copytree(adapter, tmp_path / "pickled")
     (pickled / file).rename(pickled / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="save the adapter as safetensors"):

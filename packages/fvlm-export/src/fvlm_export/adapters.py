@@ -54,7 +54,7 @@ def adapters_to_merge(model: nn.Module, asked: Mapping[str, float] | None) -> di
     for name in asked or ():
         if name not in held:
             raise ConfigError(f"adapters names {name!r}, which the model does not hold; it holds {sorted(held)}.")
-    chosen = dict(asked) if asked else dict.fromkeys(_active(model), 1.0)
+    chosen = dict(asked) if asked else dict.fromkeys(active_adapters(model), 1.0)
     if not chosen:
         raise ConfigError(f"no adapter of the model is active; call set_adapter with one of {sorted(held)}.")
     for name in chosen:
@@ -66,7 +66,12 @@ def adapters_to_merge(model: nn.Module, asked: Mapping[str, float] | None) -> di
     return chosen
 
 
-def _active(model: nn.Module) -> list[str]:
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the adapters that a model computes with.
+
+    Raises:
+        ConfigError: they are disabled.
+    """
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             if module.disable_adapters:

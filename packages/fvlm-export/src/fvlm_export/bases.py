@@ -56,7 +56,7 @@ class CheckpointBase:
         conversions: see :meth:`Layout.of_checkpoint`.
         default_dtype: of int8 weights, which record none.
         resized: parameters that a live model replaces, so that their stored shape need not be the model's.
-        through: which weights are handed out as a quantized load would hold them; None: all are as they are stored.
+        through: how a quantized load holds the weights, to hand them out so; None: as they are stored.
 
     Raises:
         CheckpointError: a shard is torn, a tensor lies in two shards, or a parameter is missing or of another shape.
@@ -71,7 +71,7 @@ class CheckpointBase:
         resized: Container[str] = (),
         through: RoundTrip | None = None,
     ) -> None:
-        self.shards = list(shards)
+        self.shards, self._through = list(shards), through
         self._home: dict[str, Shard] = {}
         for file in shards:
             for name in file.infos:
@@ -92,7 +92,6 @@ class CheckpointBase:
         for slot in self.slots:
             if not any(param in resized for param in slot.params):
                 self._check_shape(slot, skeleton)
-        self._through = through
         self._rounded = self._names_through(through) if through is not None else frozenset()
 
     def _names_through(self, through: RoundTrip) -> frozenset[str]:
@@ -105,7 +104,9 @@ class CheckpointBase:
     def _info(self, name: str, default: torch.dtype) -> TensorInfo:
         info = self._home[name].infos[name]
         if name not in self.quantized:
-            return info
+            if self._through is None or not info.dtype.is_floating_point:
+                return info
+            return TensorInfo(name, self._through.dtype, info.shape)
         state = quantized.state_name(self.quantized[name])
         return quantized.dequantized_info(info, None if state is None else self._home[state].small(state), default)
 
@@ -130,9 +131,9 @@ class CheckpointBase:
         if name in self.quantized:
             info = self.infos[name]
             return quantized.dequantize(value, self._parts(name), device).to(info.dtype).reshape(info.shape)
-        if self._through is not None and name in self._rounded:
-            return self._through(value.to(device))
-        return value
+        if name in self._rounded and self._through is not None:
+            value = self._through(value.to(device))
+        return value.to(self.infos[name].dtype)
 
     def params(self, slot: Slot, device: torch.device) -> dict[str, torch.Tensor]:
         """See :class:`Base`."""
@@ -150,7 +151,8 @@ class CheckpointBase:
 
     def file_of(self, name: str) -> Shard | None:
         """See :class:`Base`."""
-        return None if name in self.quantized or name in self._rounded else self._home[name]
+        home = self._home[name]
+        return home if home.infos[name] == self.infos[name] and name not in self._rounded else None
 
     def prefetch(self, slot: Slot) -> None:
         """See :class:`Base`."""

@@ -93,7 +93,8 @@ def build(
         verified["logits"] = {"skipped": "the shards were sent and deleted one by one"}
     elif options.verify and task.live is not None:
         exact = task.onto in (DEQUANTIZED, LIVE) and not quantize
-        verified["logits"] = probe(folder, task.live, processor, exact=exact, trust=task.trust)
+        weights = {name: float(facts["weight"]) for name, facts in task.adapters.items()}
+        verified["logits"] = probe(folder, task.live, processor, weights=weights, exact=exact, trust=task.trust)
     report = MergeReport(
         save_method=options.save_method,
         base=task.source.name if task.source else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fvlm_core.errors import ExportError
+from fvlm_export.adapters import active_adapters
 from fvlm_export.live import LiveModel
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,16 @@ _PROMPT = "Describe this image."
 
 
 @torch.no_grad()
-def probe(folder: Path, live: LiveModel, processor: Any, *, exact: bool, trust: bool) -> dict[str, Any]:
+def probe(
+    folder: Path, live: LiveModel, processor: Any, *, weights: Mapping[str, float], exact: bool, trust: bool
+) -> dict[str, Any]:
     """Compare the written folder's logits with the live model's.
 
     Args:
         folder: the finished folder.
         live: the model it was made from.
         processor: of the model; None: the one in the folder.
+        weights: the adapters that were merged, with their weights.
         exact: whether the output holds the weights that the live model computes with.
         trust: whether the folder's own model code may run.
 
@@ -53,7 +57,10 @@ def probe(folder: Path, live: LiveModel, processor: Any, *, exact: bool, trust: 
     inputs = _inputs(folder, processor, trust)
     if inputs is None:
         return {"skipped": "there is no processor to make an input with"}
-    expected = _logits(live.outer, inputs, live.base.device)
+    if weights and set(weights) != set(active_adapters(live.outer)):
+        return {"skipped": "other adapters were merged than the model has active"}
+    with _weighed(live.outer, weights):
+        expected = _logits(live.outer, inputs, live.base.device)
     reloaded = _load(folder, device, trust)
     found = _logits(reloaded, inputs, device)
     limit = _limit(live, reloaded.dtype) if exact else None
@@ -143,6 +150,22 @@ def _logits(model: Any, inputs: dict[str, torch.Tensor], device: torch.device) -
     }
     with _evaluating(model):
         return model(**placed).logits.float().cpu()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _weighed(model: torch.nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """Have a model's adapters count as much as they did in the merge, and put their scalings back."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update({n: layer.scaling[n] * w for n, w in weights.items() if n in layer.scaling})
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 @contextmanager

@@ -69,12 +69,23 @@ class WorkFolder:
         """Make the finished folder the output, in one step."""
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         (self.path / LOCK).unlink()
+        for path in (*self.path.rglob("*"), self.path):
+            _to_disk(path)  # or a loss of power could leave a folder that looks finished and is not
         if not self.output.exists():
             os.rename(self.path, self.output)
         elif not any(self.output.iterdir()):
             os.rename(self.path, self.output)  # rename(2) replaces an empty folder
         else:
             _exchange(self.path, self.output)  # what was the output is now the work folder, and goes with it
+        _to_disk(self.output.parent)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fvlm_cli.commands import export_options as options
 from fvlm_cli.output import Output
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Method = Literal["merged_16bit", "merged_4bit", "lora"]
-
 _ADAPTER = Annotated[str, typer.Argument(help="The adapter's folder.")]
 _OUTPUT = Annotated[str, typer.Option("--output", "-o", help="The folder to write.")]
-_BASE = Annotated[
-    str | None,
-    typer.Option(
-        help="What to merge onto: a folder or Hub id, original, or dequantized (exactly what training saw). Default: "
-        "the 16-bit weights of the base that the adapter names, dequantized if they are stored quantized."
-    ),
-]
-_METHOD = Annotated[
-    Method, typer.Option(help="merged_16bit; merged_4bit (bitsandbytes NF4); lora (the adapter itself).")
-]
-_DTYPE = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: as in the base.")]
-_SHARD = Annotated[str, typer.Option(help="Size of one file at most.")]
 _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
-_TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a base that brings its own model code.")]
 
 
 def merge(
     adapter: _ADAPTER,
     output: _OUTPUT,
-    base: _BASE = None,
-    save_method: _METHOD = "merged_16bit",
-    dtype: _DTYPE = None,
-    max_shard_size: _SHARD = "5GB",
+    base: options.BASE = None,
+    save_method: options.METHOD = "merged_16bit",
+    dtype: options.DTYPE = None,
+    max_shard_size: options.SHARD = "5GB",
     overwrite: _OVERWRITE = False,
-    trust_remote_code: _TRUST = False,
+    verify: options.VERIFY = True,
+    adapters: options.ADAPTERS = None,
+    processor: options.PROCESSOR = None,
+    data: options.DATA = None,
+    metrics: options.METRICS = None,
+    trust_remote_code: options.TRUST = False,
     *,
     out: Output,
 ) -> None:
@@ -47,18 +38,24 @@ def merge(
 
     HF_TOKEN in the environment opens gated bases on the Hub.
     """
+    weights, measured = options.numbers("--adapter", adapters), options.numbers("--metric", metrics)
     from fvlm_export import save_pretrained_merged
 
     written = save_pretrained_merged(
         adapter,
         output,
+        options.load_processor(processor),
         save_method=save_method,
         max_shard_size=max_shard_size,
         base=base,
         dtype=dtype,
+        verify=verify,
         progress=out.interactive,
         overwrite=overwrite,
+        adapters=weights,
         trust_remote_code=trust_remote_code,
+        data=data or (),
+        metrics=measured,
     )
 
     def show(console: Console) -> None:

@@ -151,7 +151,9 @@ def _load(peft: PeftModel, adapter: str, folder: Path, layout: Layout) -> None:
         raise CheckpointError(f"{path} lacks {missing[0]!r}, which its config asks for; save the adapter again.")
     try:
         result: Any = set_peft_model_state_dict(peft, tensors, adapter_name=adapter, low_cpu_mem_usage=True)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except KeyError as error:  # a module to save that the file lacks
+        raise CheckpointError(f"{path} lacks {error}, which its config asks for; save the adapter again.") from error
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path} does not fit the base ({_line(error)}); pass the base it was trained on."
         ) from error

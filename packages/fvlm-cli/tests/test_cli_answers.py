@@ -230,13 +230,14 @@ def test_asking_leaves_the_model_in_training_as_it_was(
     from fvlm_cli.output import Output
     from fvlm_cli.training.answers import Answers
     from fvlm_cli.training.build import load
+    from fvlm_cli.training.run_folder import RunFolder
     from fvlm_core.checkpointing import checkpointing_mode
 
     monkeypatch.chdir(handwriting_run)
     config = read_config("config.yaml", ["eval.rows=1", "model.gradient_checkpointing=true"])
     model, processor = load(config)
     _, rows = read_data(config.data, config.train.seed, lambda found, total: found)
-    record = Answers(config, model, processor, rows, tmp_path, Output(quiet=True)).take("before")
+    record = Answers(config, model, processor, rows, RunFolder(tmp_path), Output(quiet=True)).take("before")
     assert set(record["answers_before"]) == set(config.eval.metrics)
     assert (model.training, checkpointing_mode(model)) == (True, True)
     assert model.config.get_text_config().use_cache is False

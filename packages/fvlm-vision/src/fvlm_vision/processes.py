@@ -22,6 +22,47 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def refuse_sharding(args: SFTConfig) -> None:
+    """Refuse what splits a model's weights among processes.
+
+    Fused layers, recordings and a merge read whole weights at fixed places, and nothing here has been compared with a
+    sharded run. transformers takes these settings on a CPU and ignores them.
+
+    Raises:
+        ConfigError: the arguments, or the environment that ``accelerate launch`` made, ask for it.
+    """
+    asked = {
+        "fsdp": bool(args.fsdp) or _is_on("ACCELERATE_USE_FSDP"),
+        "deepspeed": args.deepspeed is not None or _is_on("ACCELERATE_USE_DEEPSPEED"),
+        "parallelism_config": args.parallelism_config is not None,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise ConfigError(
+                f"{name} splits the weights among processes, which FVLM does not do: leave it out, so that each "
+                "process has the model on its own GPU (4 bit makes it small), or start one process with "
+                "device_map='balanced' for a model that fits no single one."
+            )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+def check_world(args: SFTConfig) -> None:
+    """Check that the arguments know of all processes; without a GPU, accelerate looks for none unless told to.
+
+    Raises:
+        ConfigError: each of several processes would train alone, on all rows.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise ConfigError(
+            f"WORLD_SIZE={started} (environment), and the training arguments know of {args.world_size}: without a GPU "
+            "several processes need use_cpu=True in them."
+        )
+
+
 def fit_processes(args: SFTConfig, model: nn.Module) -> None:
     """Set what training in several processes needs, where the user has not.
 

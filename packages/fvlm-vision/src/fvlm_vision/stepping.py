@@ -22,14 +22,8 @@ class SteppingTrainer(LoadingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; what takes a walk through the whole model is done once, not in every step."""
         model: Any = self.model
-        if self._is_sharded:  # sharding exchanges a model's parameters when the run begins
-            return super().train(*args, **kwargs)
         with remembered(model):
             return super().train(*args, **kwargs)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate a batch's operations as `transformers.Trainer` does, counting the model's parameters once."""
@@ -68,7 +62,7 @@ class SteppingTrainer(LoadingTrainer):
     def _can_be_flat(self, model: Any) -> bool:
         """Adapters on a GPU, and nobody else who looks for gradients in the optimizer's parameters."""
         on_gpu = all(p.is_cuda for p in model.parameters() if p.requires_grad)
-        return isinstance(model, PeftModel) and on_gpu and not self._is_sharded and self.accelerator.scaler is None
+        return isinstance(model, PeftModel) and on_gpu and self.accelerator.scaler is None
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Clip the gradients; return their norm before."""

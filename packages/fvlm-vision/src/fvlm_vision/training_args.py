@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from fvlm_core.errors import ConfigError
 from fvlm_core.origin import origin_of
-from fvlm_vision.processes import fit_processes
+from fvlm_vision.processes import check_world, fit_processes, refuse_sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -50,6 +50,7 @@ def own_copy(args: TrainingArguments | None) -> SFTConfig:
         settings = args.to_dict()
         settings["hub_token"] = args.hub_token  # to_dict hides it
         own = SFTConfig(**settings)
+    refuse_sharding(own)
     for name, usable, why in _UNUSABLE:
         value = getattr(own, name)
         if value not in (usable if isinstance(usable, tuple) else (usable,)):
@@ -84,6 +85,7 @@ def align(args: SFTConfig, model: PreTrainedModel) -> None:
                 put(name, False)  # the model's own mode stands
     if on_cpu:
         vars(args)["_setup_devices"] = torch.device("cpu")  # "cpu:1" of a second process is no place to load to
+    check_world(args)
     if args.world_size > 1:
         fit_processes(args, model)
     if args.n_gpu > 1:

@@ -8,7 +8,8 @@ from trl import SFTConfig
 
 from fvlm_core.errors import ConfigError
 from fvlm_vision.binding import push_to_hub_merged, save_pretrained_merged
-from fvlm_vision.processes import NOTHING, counting, fit_processes
+from fvlm_vision.processes import NOTHING, check_world, counting, fit_processes, refuse_sharding
+from fvlm_vision.training_args import own_copy
 
 
 @pytest.fixture
@@ -39,6 +40,28 @@ def test_batches_are_not_cut_by_rows(args):
     args.accelerator_config.dispatch_batches = True
     with pytest.raises(ConfigError, match="dispatch_batches=True"):
         fit_processes(args, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharding_by_the_launcher_is_refused(args, monkeypatch, variable):
+    refuse_sharding(args)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=r"(fsdp|deepspeed) splits the weights among processes"):
+        refuse_sharding(args)
+
+
+def test_sharding_by_the_arguments_is_refused(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, fsdp=True)
+    with pytest.raises(ConfigError, match="fsdp splits the weights among processes"):
+        own_copy(args)
+
+
+def test_arguments_that_miss_other_processes_are_refused(args, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    check_world(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 .* know of 1: without a GPU several processes need use_cpu"):
+        check_world(args)
 
 
 def test_a_model_on_several_devices_is_refused(args):

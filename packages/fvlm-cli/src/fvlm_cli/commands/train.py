@@ -27,6 +27,7 @@ _SETTINGS = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE | --KEY VALUE]...", help="Keys that replace the config's.")
 ]
 _RESUME = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")]
+_NPROC = Annotated[int, typer.Option("--nproc", min=1, metavar="N", help="Train in N processes, each on its own GPU.")]
 _SCHEMA = Annotated[
     bool,
     typer.Option(
@@ -36,7 +37,13 @@ _SCHEMA = Annotated[
 
 
 def train(
-    config: _CONFIG, settings: _SETTINGS = None, resume: _RESUME = False, schema: _SCHEMA = False, *, out: Output
+    config: _CONFIG,
+    settings: _SETTINGS = None,
+    resume: _RESUME = False,
+    nproc: _NPROC = 1,
+    schema: _SCHEMA = False,
+    *,
+    out: Output,
 ) -> None:
     """Fine-tune a vision-language model as a YAML file says.
 
@@ -44,9 +51,15 @@ def train(
     --resume goes on.
     """
     from fvlm_cli.config.read import read_config
+    from fvlm_cli.training.launch import launch
     from fvlm_cli.training.run import run
 
-    record = run(read_config(config, settings or []), out, resume=resume)
+    checked = read_config(config, settings or [])
+    if nproc > 1:
+        flags = {"--resume": resume, "--debug": out.debug, "--quiet": out.quiet, "--json": out.json}
+        words = ["train", config, *(settings or []), *(flag for flag, given in flags.items() if given)]
+        raise typer.Exit(launch(nproc, words, out))
+    record = run(checked, out, resume=resume)
     out.result(record, lambda console: _show(console, record, config))
     if record["status"] == "interrupted":
         raise typer.Exit(Exit.INTERRUPTED)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fvlm_cli.config.schema import TrainConfig
 from fvlm_cli.data.row import Row
 from fvlm_cli.output import Output
+from fvlm_cli.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -21,12 +21,18 @@ class Answers:
         model: in training mode, and left in it.
         processor: its processor.
         rows: to evaluate on.
-        folder: where the answers go.
+        folder: of the run; of several processes only the one that writes into it asks.
         out: told what is going on.
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, processor: ProcessorMixin, rows: list[Row], folder: Path, out: Output
+        self,
+        config: TrainConfig,
+        model: Any,
+        processor: ProcessorMixin,
+        rows: list[Row],
+        folder: RunFolder,
+        out: Output,
     ) -> None:
         self._config = config
         self._model = model
@@ -44,14 +50,14 @@ class Answers:
             DataError: a row has no answer to compare with, or cannot be used.
         """
         section = self._config.eval
-        if section.rows is None:
+        if section.rows is None or not self._folder.writes:
             return {}
         from fvlm_cli.evaluation.rows import answer_rows, scores_of
         from fvlm_cli.generate.answer import Decoding
         from fvlm_cli.training.collate import build_answerer
         from fvlm_vision import FastVisionModel
 
-        path = self._folder / f"{when}.jsonl"
+        path = self._folder.evaluation / f"{when}.jsonl"
         name = f"answers_{when}"
         if when == "before" and path.is_file():
             return {name: scores_of(path, section)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) 
         arguments["eval_steps"] = train.eval_steps
     if not torch.cuda.is_available():
         arguments["dataloader_pin_memory"] = False  # there is nothing to pin it for, as torch would warn
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            arguments["use_cpu"] = True  # accelerate looks for other processes on a CPU only where it is told to
     try:
         return SFTConfig(**{**arguments, **train.extra})
     except (ImportError, TypeError, ValueError) as error:

@@ -20,6 +20,7 @@ class Interruption(TrainerCallback):
         self.requested = False
         self._out = out
         self._before: dict[signal.Signals, Any] = {}
+        self._group: Any = None
 
     def __enter__(self) -> Interruption:
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
@@ -37,10 +38,31 @@ class Interruption(TrainerCallback):
         self.requested = True
         self._out.note("stopping after this step, with a checkpoint; once more stops at once")
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Let several processes talk about it beside their devices, which nobody then has to wait for."""
+        if args.world_size > 1:
+            from torch.distributed import new_group
+
+            self._group = new_group(backend="gloo")
+
+    def _agreed(self) -> bool:
+        """Tell whether any process was asked to stop: a signal reaches one a step before another."""
+        if self._group is None:
+            return self.requested
+        import torch
+        from torch.distributed import ReduceOp, all_reduce
+
+        asked = torch.tensor(int(self.requested))
+        all_reduce(asked, ReduceOp.MAX, group=self._group)
+        return bool(asked)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> TrainerControl:
-        """Ask for a checkpoint and the end."""
+        """Ask for a checkpoint and the end; several processes ask after the same step."""
+        self.requested = self._agreed()
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

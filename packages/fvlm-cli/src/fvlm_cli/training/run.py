@@ -17,6 +17,7 @@ from fvlm_cli.training.resume import last_complete
 from fvlm_cli.training.run_folder import RunFolder, whole
 from fvlm_cli.versions import git_state, versions
 from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.processes import is_first_process
 
 if TYPE_CHECKING:
     from fvlm_cli.training.build import RunTrainer
@@ -38,7 +39,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     """
     start = time.monotonic()
     train, evaluate = _read(config, out)
-    folder = RunFolder(Path(config.save.output_dir).expanduser())
+    folder = RunFolder(Path(config.save.output_dir).expanduser(), writes=is_first_process())
     checkpoint = _checkpoint(folder, out) if resume else None
     folder.prepare(config, resume)
     record: dict[str, Any] = {
@@ -60,7 +61,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     model, processor = load(config)
     _describe(model, out)
     trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
-    answers = Answers(config, model, processor, evaluate, folder.evaluation, out)
+    answers = Answers(config, model, processor, evaluate, folder, out)
     record |= answers.take("before")
     interrupted = _train(trainer, train or [], checkpoint, out)
     state = trainer.state
@@ -70,7 +71,8 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         last, _ = last_complete(folder.checkpoints)
         record |= {"status": "interrupted", "checkpoint": None if last is None else str(last)}
     else:
-        record |= _save(config, folder, model, processor, out)
+        if folder.writes:
+            record |= _save(config, folder, model, processor, out)
         record |= answers.take("after")
         record["status"] = "finished"
     record["seconds"] = round(time.monotonic() - start, 3)

@@ -25,10 +25,15 @@ class RunFolder:
     `adapter` (or `model`, after full finetuning) and `merged` are what was asked for; `checkpoints` is what a resumed
     run goes on from; `eval` holds the answers before and after training, where they were asked for; `config.yaml` is
     the config with every default, `run.json` the versions and the outcome, and `history.json` what was logged.
+
+    Args:
+        root: the folder.
+        writes: whether this process is the one that writes into it; of several, one does.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, writes: bool = True) -> None:
         self.root = root
+        self.writes = writes
         self.adapter = root / "adapter"
         self.model = root / "model"
         self.merged = root / "merged"
@@ -45,6 +50,8 @@ class RunFolder:
             ConfigError: it holds something and neither `save.overwrite` nor `resume` says what to do with it; or a run
                 is resumed with another model or other adapters.
         """
+        if not self.writes:
+            return
         if self.root.exists() and not self.root.is_dir():
             raise ConfigError(f"save.output_dir={str(self.root)!r} is a file; name a folder.")
         used = self.root.is_dir() and any(self.root.iterdir())
@@ -92,11 +99,13 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write `run.json`."""
-        _write_json(self.record, record)
+        if self.writes:
+            _write_json(self.record, record)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write `history.json`."""
-        _write_json(self.history, history)
+        if self.writes:
+            _write_json(self.history, history)
 
 
 @contextmanager

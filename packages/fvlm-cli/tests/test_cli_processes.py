@@ -1,0 +1,96 @@
+"""`fvlm train --nproc 2`: one run, one record, one voice; on the CPU, where the processes speak through gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+CONFIG = """
+model: {name: base, precision: 16bit, max_seq_length: 256}
+lora: {r: 4, alpha: 8, dropout: 0}
+data: {train: train.jsonl, eval_fraction: 0.25}
+train:
+  per_device_train_batch_size: 1
+  max_steps: 4
+  learning_rate: 1e-2
+  warmup_steps: 0
+  save_steps: 100
+"""
+
+
+@pytest.fixture(scope="module")
+def place(workplace: Path) -> Path:
+    (workplace / "several.yaml").write_text(CONFIG, encoding="utf-8")
+    return workplace
+
+
+def history(run: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((run / "history.json").read_text()) if "loss" in entry]
+
+
+def test_two_processes_leave_the_run_of_one(fvlm, place: Path) -> None:
+    words = ["train", "several.yaml", "--json", "eval.rows=2", "save.merge=merged_16bit"]
+    two = fvlm(*words, "save.output_dir=two", "--nproc", "2", cwd=place)
+    assert two.returncode == 0, two.stderr
+    record = json.loads(two.stdout)
+    assert (record["status"], record["steps"]) == ("finished", 4)
+    assert json.loads((place / "two/run.json").read_text()) == record
+    assert {"answers_before", "answers_after"} <= set(record)
+    assert (place / "two/merged/model.safetensors").is_file()
+    one = fvlm(*words, "save.output_dir=one", "train.per_device_train_batch_size=2", cwd=place)
+    assert one.returncode == 0, one.stderr
+    assert history(place / "two") == pytest.approx(history(place / "one"), rel=1e-4)
+    ours, theirs = (load_file(place / name / "adapter/adapter_model.safetensors") for name in ("two", "one"))
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-3 for name in theirs)
+
+
+def test_what_is_wrong_is_said_once(fvlm, fvlm_command: list[str], place: Path) -> None:
+    (place / "full").mkdir()
+    (place / "full/file").touch()
+    done = fvlm("train", "several.yaml", "save.output_dir=full", "--nproc", "2", cwd=place)
+    assert done.returncode == 2
+    assert done.stderr.count("is not empty; name another folder") == 1
+    inside = subprocess.run(
+        [*fvlm_command, "train", "several.yaml", "--nproc", "2"],
+        cwd=place,
+        env={**os.environ, "RANK": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert inside.returncode == 2
+    assert "--nproc is given to one of several processes" in inside.stderr
+
+
+def test_ctrl_c_stops_all_after_one_step_with_one_checkpoint(fvlm, fvlm_command: list[str], place: Path) -> None:
+    words = ["train", "several.yaml", "save.output_dir=stopped", "train.max_steps=400", "train.logging_steps=1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [*fvlm_command, *words, "--nproc", "2"],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "fvlm train several.yaml --resume" in stdout
+    record = json.loads((place / "stopped/run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert (place / record["checkpoint"] / "rng_state_1.pth").is_file()
+    done = fvlm(*words, "--resume", "--nproc", "2", f"train.max_steps={record['steps'] + 2}", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr

@@ -131,6 +131,30 @@ def test_states_that_are_left_to_transformers(tiny):
     assert "its layers are not fused" in answer(model).left
 
 
+def test_a_fully_finetuned_model_too(tiny):
+    from fvlm_core import load_model
+
+    folder = tiny("qwen2_vl")
+    model = load_model(folder, precision=Precision.FULL, dtype=torch.float32, fused_layers=True).eval()
+    enable_decoding(model, rehearse=True)
+    batch = prompts(folder, (1, 0))
+    rows = []
+    for _ in range(2):
+        rows.append(model.generate(**batch, **GREEDY))
+        assert torch.equal(rows[-1], type(model).generate(model, **batch, **GREEDY))
+        with torch.no_grad():
+            for parameter in model.model.language_model.parameters():
+                parameter.mul_(1.5)
+    assert not torch.equal(*rows)
+    assert (decoding_report(model).recorded, decoding_report(model).recordings) == (2, 1)
+    language = model.model.language_model
+    language.norm.weight = torch.nn.Parameter(torch.randn_like(language.norm.weight))  # another one in its place
+    rows.append(model.generate(**batch, **GREEDY))
+    assert torch.equal(rows[-1], type(model).generate(model, **batch, **GREEDY))
+    assert not torch.equal(*rows[1:])
+    assert decoding_report(model).recordings == 2
+
+
 def test_disabling_undoes_everything(tiny):
     model = adapted_model(tiny("qwen2_vl"), targets=("language",)).eval()
     fuse_model(model)

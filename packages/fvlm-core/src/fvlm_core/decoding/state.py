@@ -9,7 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fvlm_core.fused.adapted import adapted, why_unfused
-from fvlm_core.graphs.state import LayerState, linear_layers
+from fvlm_core.graphs.state import linear_layers
 
 _CAPTURING = "transformers.utils.output_capturing"
 
@@ -37,6 +37,11 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks)
 
 
+def _is_trained_itself(linear: nn.Module) -> bool:
+    """Tell whether it is a plain linear layer in full fine-tuning: it is recorded as it is, and changes in place."""
+    return type(linear) is nn.Linear and linear.weight.requires_grad and "forward" not in vars(linear)
+
+
 class ModelState:
     """The state that a model is in; compared before every call.
 
@@ -49,20 +54,29 @@ class ModelState:
         self._model, self._language = model, language
         self._head = model.get_output_embeddings()
         self._found = _modules(language)
-        self._parts = [LayerState(language)] + ([] if self._head is None else [LayerState(self._head)])
+        linears = linear_layers(language)
+        self._adapted = [adapted(linear) for linear in linears]
+        self._unfused = [linear for linear, one in zip(linears, self._adapted, strict=True) if one is None]
+        self._places = self._parameters(self._found)
         self._on_one_device = len({parameter.device for parameter in model.parameters()}) == 1
 
     def holds(self) -> bool:
         """Whether nothing has changed; values that change in place are no change."""
         found = _modules(self._language)
         return (
-            None not in self._parts[0].adapted
-            and self._model.get_output_embeddings() is self._head
+            self._model.get_output_embeddings() is self._head
             and len(found) == len(self._found)
             and all(a is b for a, b in zip(found, self._found, strict=True))
             and not any(_is_hooked(module) for module in found)
-            and all(part.holds() for part in self._parts)
+            and all(one is None or one.holds() for one in self._adapted)
+            and all(_is_trained_itself(linear) for linear in self._unfused)
+            and self._parameters(found) == self._places
         )
+
+    def _parameters(self, modules: list[nn.Module]) -> list[tuple[int, int]]:
+        """Return which parameters modules have themselves, and where these lie; adapters' are further inside."""
+        seen = (*modules, *(() if self._head is None else (self._head,)))
+        return [(id(p), p.data_ptr()) for module in seen for p in module._parameters.values() if p is not None]
 
     def unfit(self) -> str | None:
         """Say why a model is not recorded in this state, or None."""
@@ -71,10 +85,10 @@ class ModelState:
         if not self._on_one_device:
             return "the model lies on several devices"
         if type(self._head) is not nn.Linear or _is_hooked(self._head):
-            return "the head is adapted, trained or hooked, or there is none"
+            return "the head is adapted or hooked, or there is none"
         if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self._found):
             return "whole modules of the language model are trained beside the adapter"
         if any(_is_hooked(module) for module in self._found):
             return "the language model has hooks"
-        linear = next((one for one in linear_layers(self._language) if adapted(one) is None), None)
+        linear = next((one for one in self._unfused if not _is_trained_itself(one)), None)
         return None if linear is None else f"a linear layer {why_unfused(linear)}"

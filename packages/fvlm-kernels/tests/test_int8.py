@@ -42,6 +42,15 @@ def test_codes_that_are_not_contiguous_and_scales_in_half_precision(device):
         assert torch.equal(turned, dequantize_int8(codes, scale.half().float(), torch.float32, impl="torch"))
 
 
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    rows, width = 2**19 + 3, 4096
+    codes = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
+    scale = torch.rand(rows, device="cuda")
+    whole = dequantize_int8(codes, scale, torch.bfloat16)
+    assert torch.equal(whole[-5:], dequantize_int8(codes[-5:], scale[-5:], torch.bfloat16, impl="torch"))
+
+
 def test_empty(device):
     codes = torch.zeros(0, 4, dtype=torch.int8, device=device)
     for impl in ("torch", "triton"):

@@ -152,6 +152,19 @@ def test_autocast_gives_what_pytorch_gives(device):
     torch.testing.assert_close(y, low)
 
 
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    rows, width = 2**19 + 3, 4096
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
+    weight, bias = (torch.randn(width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    y = ours(x, weight, bias)
+    last = x[-5:].detach().clone().requires_grad_()
+    few = ours(last, weight, bias)
+    assert torch.equal(y[-5:], few)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(grad[-5:], torch.autograd.grad(few, last, torch.ones_like(few))[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

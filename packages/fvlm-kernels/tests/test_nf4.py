@@ -202,6 +202,15 @@ def test_addresses_beyond_two_to_the_31():
     assert same_bits(whole[-2:], tail)
 
 
+@pytest.mark.gpu
+def test_quantizes_beyond_two_to_the_31():
+    rows = 2**19 + 1
+    x = torch.empty(rows, 4096, dtype=torch.bfloat16, device="cuda").normal_()
+    whole, tail = quantize_nf4(x, nested=False), quantize_nf4(x[-2:], nested=False, impl="torch")
+    assert torch.equal(whole.packed[-4096:], tail.packed)
+    assert torch.equal(whole.absmax[-128:], tail.absmax)
+
+
 good = partial(weight_of, (4, 64), torch.device("cpu"))
 
 

@@ -56,6 +56,17 @@ def test_other_block_sizes_and_blocks_that_straddle_rows(blocksize, device):
     check(weight_of((7, 72), device, blocksize=blocksize), randn(1, 72, dtype=torch.float32, device=device))
 
 
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    """Rows of W behind 2³¹ elements equal those of their own weight."""
+    n, k = 2**19 + 8, 4096
+    packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device="cuda")
+    absmax, x = torch.rand(n * k // 64, device="cuda"), torch.randn(2, k, device="cuda", dtype=torch.bfloat16)
+    whole = nf4_matvec(x, packed, absmax, (n, k))
+    few = nf4_matvec(x, packed[-8 * k // 2 :], absmax[-8 * k // 64 :], (8, k), impl="torch")
+    torch.testing.assert_close(whole[:, -8:], few, rtol=2e-2, atol=2e-1)
+
+
 @pytest.mark.parametrize("shape", [(6, 33), (6, 36)], ids=str)
 def test_widths_that_are_no_multiple_of_eight(shape, device):
     check(weight_of(shape, device), randn(2, shape[1], dtype=torch.float32, device=device))

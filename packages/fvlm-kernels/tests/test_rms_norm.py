@@ -172,10 +172,14 @@ def test_autocast_gives_what_the_reference_gives(device):
 @pytest.mark.gpu
 def test_addresses_beyond_two_to_the_31():
     rows, width = 2**19 + 3, 4096
-    x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_()
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
     weight = torch.randn(width, dtype=torch.bfloat16, device="cuda")
     y = ours(x, weight)
-    assert torch.equal(y[-5:], ours(x[-5:].clone(), weight))
+    last = x[-5:].detach().clone().requires_grad_()
+    few = ours(last, weight)
+    assert torch.equal(y[-5:], few)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(grad[-5:], torch.autograd.grad(few, last, torch.ones_like(few))[0])
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,13 @@ def persistent_programs(device: torch.device, blocks: int, per_processor: int = 
     return max(1, min(blocks, limit))
 
 
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which products keep the dtypes they are given, whatever autocast is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Return a context in which Triton launches on ``x``'s device (left alone, it launches on the current one)."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -30,6 +30,7 @@ from ._launch import (
     launch,
     next_power_of_two,
     use_triton,
+    without_autocast,
 )
 from ._library import register
 from ._triton import tl, triton
@@ -377,7 +378,8 @@ def decode_attention(
         if new is not None:
             for cache, value in zip((keys, values), new, strict=True):
                 cache.index_copy_(2, length.view(1) - 1, value.unsqueeze(2))
-        return _ref(q, keys, values, length, visible, window or 0, scale)
+        with without_autocast(q):  # which the kernel does not know either
+            return _ref(q, keys, values, length, visible, window or 0, scale)
     visible = visible if visible is None or visible.stride(-1) == 1 else visible.contiguous()
     given = q, keys, values, length, visible, window or 0, scale
     y: torch.Tensor = _op(*given) if new is None else _append_op(*given, *new)

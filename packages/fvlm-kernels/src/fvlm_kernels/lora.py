@@ -23,23 +23,15 @@ Two runs on one device give the same bits where its matrix products do (cuBLAS d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from . import lora_steps as steps
-from ._launch import KERNEL_DTYPES, Impl, check_floating, check_same_device, use_triton
+from ._launch import KERNEL_DTYPES, Impl, check_floating, check_same_device, use_triton, without_autocast
 from ._library import first_derivative_only
 from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, dtypes_for
 from .lora_steps import BIAS, A, B, Needs, Saved
-
-
-def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which products keep the dtypes they are given, whatever autocast is on."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
 
 
 def group(settings: Sequence[Settings], tensors: Sequence[torch.Tensor | None]) -> steps.Layers:

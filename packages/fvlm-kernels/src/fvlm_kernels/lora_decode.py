@@ -229,12 +229,20 @@ class _Group(NamedTuple):
 def _group(layer: LoRALinear) -> _Group | None:
     """Return what a layer must share with others to be computed with them; None: the kernels do not take it."""
     base = layer.base
-    if not isinstance(base, NF4Weight) or base.shape[1] % 8 or words_of(base.packed)[1] != 8:
+    if not isinstance(base, NF4Weight) or base.shape[1] % 8:
+        return None
+    if not torch.compiler.is_compiling() and words_of(base.packed)[1] != 8:  # a graph knows no addresses
         return None
     rank = 0 if layer.a is None else layer.a.shape[0]
     bias, b = layer.bias, layer.b
     dtypes = (None if bias is None else bias.dtype, None if b is None else b.dtype, base.absmax.dtype)
     return _Group(base.blocksize, base.nested_absmax is not None, bias is not None, rank, dtypes)
+
+
+def _aligned_words(packed: torch.Tensor) -> torch.Tensor:
+    """Return packed codes as 4-byte words, copied where a graph was given some that begin elsewhere."""
+    words, per = words_of(packed)
+    return words if per == 8 else words_of(packed.clone())[0]
 
 
 def _launch_narrow(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -287,7 +295,7 @@ def _products(
     rows, k = x.shape
     words = k // 8
     y = torch.empty((rows, sum(sizes)), dtype=dtype, device=x.device)
-    codes = [words_of(p)[0] for p in of[0] if p is not None]
+    codes = [_aligned_words(p) for p in of[0] if p is not None]
     block_n, block_w = _block_n(sum(sizes), rows), min(256, next_power_of_two(words))
 
     def three(column: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ then those of :mod:`.lora` for the layers of x.
 
 What is saved: x, the pre-activations g and u, and the products with A; h is computed again in backward, which costs one
 element-wise pass instead of the largest activation of the block. Numerics: those of :mod:`.lora`, :mod:`.gated` and
-:mod:`.activations`.
+:mod:`.activations`, determinism included.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from . import lora_steps as steps
-from ._launch import Impl
+from ._launch import Impl, without_autocast
 from ._library import first_derivative_only
 from .activations import _bwd_into_op as _activation_bwd_
 from .activations import _fwd_op as _activation_fwd
 from .activations import _ref as _activation_ref
 from .gated import _bwd_into_op as _gated_bwd_
 from .gated import _fwd_op as _gated_fwd
-from .lora import check_input, flat, group, needs_of, runs_triton, without_autocast
+from .lora import check_input, flat, group, needs_of, runs_triton
 from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, Slots, dtypes_for
 from .lora_steps import Needs, Saved
 

@@ -9,7 +9,8 @@ Maths and gradients are those of ``rotary``, with cos and sin of channel j of a 
 
 Sources: Wang et al., Qwen2-VL, 2024, for sections; the Qwen3-VL configuration's ``mrope_interleaved`` for the other.
 
-Numerics are those of ``rotary``. The tables are read where they lie: nothing is gathered beforehand.
+Numerics are those of ``rotary``. The tables are read where they lie: nothing is gathered beforehand. Two runs give the
+same bits.
 """
 
 from __future__ import annotations

@@ -108,18 +108,27 @@ def nf4_table(device: torch.device) -> torch.Tensor:
     return torch.tensor(NF4_VALUES, dtype=torch.float32, device=device)
 
 
-def dynamic_code(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return the 256 sorted fp32 values of the signed dynamic tree, in which the absmaxes are quantized.
+def _dynamic_values() -> tuple[float, ...]:
+    """Return the 256 sorted values of the signed dynamic tree, rounded to fp32 as they are formed.
 
     For each exponent i from 0 to 6 there are 2^i magnitudes, the midpoints of 2^i equal parts of [0.1, 1], times
     10^(i−6), with both signs; then 0 and 1.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         magnitudes = (edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)
         values += magnitudes.tolist() + (-magnitudes).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return tuple(sorted(values))
+
+
+DYNAMIC_VALUES = _dynamic_values()
+"""What the codes of nested absmaxes stand for: numbers, since a graph cannot hold how they are formed."""
+
+
+def dynamic_code(device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return :data:`DYNAMIC_VALUES` as ``(256,)`` fp32 on ``device``."""
+    return torch.tensor(DYNAMIC_VALUES, dtype=torch.float32, device=device)
 
 
 def as_bytes(packed: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,17 @@ from collections.abc import Sequence
 
 import torch
 
-from ._launch import Impl, cdiv, check_floating, check_same_device, launch, next_power_of_two, rows_of, use_triton
+from ._launch import (
+    Impl,
+    cdiv,
+    check_floating,
+    check_same_device,
+    launch,
+    next_power_of_two,
+    rows_of,
+    use_triton,
+    without_autocast,
+)
 from ._library import register
 from ._triton import tl, triton
 from .nf4 import cached_table, dequantize_parts, words_of
@@ -37,8 +47,9 @@ PROGRAMS = 1024
 
 
 def _ref(x: torch.Tensor, parts: Parts, blocksize: int, shape: Sequence[int], *, triton: bool = False) -> torch.Tensor:
-    """The product with the dequantized weight."""
-    return torch.nn.functional.linear(x, dequantize_parts(parts, blocksize, shape, x.dtype, triton=triton))
+    """The product with the dequantized weight, in x's dtype under autocast too, as the kernel has it."""
+    with without_autocast(x):
+        return torch.nn.functional.linear(x, dequantize_parts(parts, blocksize, shape, x.dtype, triton=triton))
 
 
 @triton.jit

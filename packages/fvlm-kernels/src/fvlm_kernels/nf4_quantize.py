@@ -12,7 +12,7 @@ dynamic tree in place of the sixteen.
 Numerics. Everything is fp32, whatever the weight's dtype: the reciprocal is rounded, then the product. That is the
 arithmetic of bitsandbytes' PyTorch implementation, and codes and absmaxes are bit-equal to what it gives. Its compiled
 8-bit quantizer for CPUs does not always take the nearest of the 256 values; this one does. A block that holds a NaN
-gets NaN for its absmax, so that it comes back as NaN.
+gets NaN for its absmax, so that it comes back as NaN. Two runs give the same bits.
 """
 
 # mypy: allow-untyped-defs

@@ -3,7 +3,7 @@
 Maths and numerics are those of :func:`.vision_rotary` on the first two thirds; the values are the last third as it is.
 The gradient is written where it belongs: the kernel that rotates the gradients of queries and keys back puts them into
 the projection's gradient at once, instead of into tensors of their own that are joined afterwards. Nothing but cos and
-sin is saved.
+sin is saved. Two runs give the same bits.
 """
 
 from __future__ import annotations

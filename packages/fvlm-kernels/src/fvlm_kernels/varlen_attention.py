@@ -12,6 +12,8 @@ Backends, since nothing here is a kernel of our own:
   over all segments, no host synchronization when ``max_seqlen`` is given. Forward is deterministic; backward adds up dQ
   with atomics, so that two runs may differ in the last bits.
 * ``"torch"``: the reference, ``scaled_dot_product_attention`` segment by segment. It reads the lengths on the host.
+  Two runs give the same bits where that function's do: not always in 16 bit on a GPU, whose fused forms use atomics in
+  backward.
 
 Numerics: scores and softmax in fp32; ``"flash"`` rounds the probabilities to the inputs' dtype for the second product.
 In fp32 on a GPU the reference takes PyTorch's plain form of it, which keeps a segment's scores: the gradients of the

@@ -118,10 +118,11 @@ def test_the_command_page_has_every_verb_and_option() -> None:
 @pytest.mark.parametrize("package", API)
 def test_the_api_page_has_every_public_name(package: str) -> None:
     module = importlib.import_module(f"fvlm_{package}")
-    documented = {path.rpartition(".")[2]: path for path in re.findall(r"\.\. auto\w+:: (\S+)", api_page(package))}
-    assert set(documented) == set(module.__all__) - {"__version__"}
-    for name, path in documented.items():
-        assert getattr(importlib.import_module(path.rpartition(".")[0]), name) is getattr(module, name)
+    documented = re.findall(r"\.\. auto(class|function):: (\S+)", api_page(package))
+    names = set(module.__all__) - {"__version__"}
+    assert {path for _, path in documented} == {f"fvlm_{package}.{name}" for name in names}
+    for kind, path in documented:
+        assert isinstance(getattr(module, path.rpartition(".")[2]), type) == (kind == "class"), path
 
 
 def test_the_page_of_messages_has_every_class_and_what_is_raised() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 project = "FVLM"
 author = "FVLM's contributors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+
+smartquotes = False  # two hyphens before an option stay two
 
 html_theme = "furo"
 html_title = "FVLM"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 myst_heading_anchors = 3
 suppress_warnings = [
@@ -27,3 +32,13 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
+
+
+def _skip(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
+    """Leave a named tuple's fields to its docstring; their own says only which field they are."""
+    return True if type(member).__name__ == "_tuplegetter" else None
+
+
+def setup(app: Any) -> None:
+    """Register what differs from autodoc's ways."""
+    app.connect("autodoc-skip-member", _skip)

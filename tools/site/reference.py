@@ -101,8 +101,8 @@ def api_page(package: str) -> str:
     homes = dict(_homes(ast.parse(path.read_text(encoding="utf-8")), f"fvlm_{package}"))
     lines = [f"# `fvlm_{package}`", "", API[package]]
     for name in sorted(homes, key=lambda item: (homes[item], item)):
-        a_class = f".. autoclass:: {homes[name]}.{name}\n   :members:"
-        directive = a_class if name[0].isupper() else f".. autofunction:: {homes[name]}.{name}"
+        place = f"fvlm_{package}.{name}"  # where users import it from
+        directive = f".. autoclass:: {place}\n   :members:" if name[0].isupper() else f".. autofunction:: {place}"
         lines += ["", f"## {name}", "", f"```{{eval-rst}}\n{directive}\n```"]
     return "\n".join(lines) + "\n"
 

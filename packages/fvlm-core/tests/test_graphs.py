@@ -251,7 +251,7 @@ def test_a_copied_model_records_anew(model):
 def test_the_oldest_shape_is_dropped(model, monkeypatch):
     monkeypatch.setattr("fvlm_core.graphs.runner.MOST_STAGES", 3)
     graphs = recorded(model)
-    for length in (20, 100, 20, 100, 20, 100):
+    for length in (20, 100) * 5:
         step(model, without_mask(make_batch(model.config, (length, length))))
     assert len(graphs._stages) == 3
     assert graphs.recorded > 6

@@ -52,5 +52,5 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int,
     Returns:
         ``(1, tokens, heads, head_dim)``.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
     return varlen_attention(q, k, v, starts, longest, causal=True, scale=scale).unsqueeze(0)

@@ -8,7 +8,8 @@ a kind share.
 
 What may change between two replays is either copied into that memory (the hidden state, the gradient, rotary tables) or
 looked at before each replay (which adapter is active, where its parameters lie); after a change the layer is recorded
-anew or run as it is. Lengths are rounded up, so that sequences of nearly the same length share a recording.
+anew or run as it is. Lengths of text and numbers of patches are rounded up, so that nearly equal ones share a
+recording.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -15,22 +15,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fvlm_core.fused import CAUSAL_LAYER
 from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
 from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
+from fvlm_core.graphs.fit import Fit, Fits, is_causal
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
-from fvlm_core.graphs.stage import Arena, Key, Stage, can_round_up, describe
+from fvlm_core.graphs.stage import Arena, Key, Stage
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
 from fvlm_core.passes import KEEP_FROM
 
 logger = logging.getLogger(__name__)
 
-MOST_STAGES = 16
+MOST_STAGES = 32
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
-ROUND_TO = 64
-"""Lengths are rounded up to a multiple of this."""
+_MOST_SEEN = 1024
+"""How many shapes are remembered of a layer that came and were not recorded."""
+_OFTEN = 8
+"""How often a shape comes in a longer recording before it may get one of its own."""
 _FIRST_GUESS = 1 << 28
 """Bytes that the first layer of a kind is taken to keep, before one is recorded."""
 _OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
@@ -47,7 +49,8 @@ _Prepared = tuple[RecordedLayer, tuple[Any, ...]]
 class LayerGraphs:
     """Runs checkpointed layers as recordings where that is possible.
 
-    A shape is recorded when it comes for the second time: one that never comes again is not worth it.
+    A shape is recorded when it comes for the second time: one that never comes again is not worth it. Shapes that
+    differ a little share a recording (`fvlm_core.graphs.fit`).
 
     Args:
         rehearse: use recordings that run the layers' own code again, on any device; for tests.
@@ -67,8 +70,8 @@ class LayerGraphs:
         self.keep = False
         self._recorders: dict[torch.device, Recorder] = {}
         self._stages: OrderedDict[Key, _Kind] = OrderedDict()
-        self._seen: WeakKeyDictionary[nn.Module, set[Key]] = WeakKeyDictionary()
-        self._copies, self._arena = Copies(), Arena()
+        self._seen: WeakKeyDictionary[nn.Module, Counter[Key]] = WeakKeyDictionary()
+        self._copies, self._arena, self._fits = Copies(), Arena(), Fits()
         self._off = False
         self.replayed = self.recorded = 0
 
@@ -107,44 +110,83 @@ class LayerGraphs:
             return None
         hidden = args[0]
         kwargs = {**dict(zip(_names_behind_the_first(type(module).forward), args[1:], strict=False)), **layer.keywords}
+        others = _OF_OTHERS if is_causal(module) else _OF_TEXT
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith(others)}
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        tokens = hidden.shape[-2]
-        causal = _is_causal(module)
-        others = _OF_OTHERS if causal else _OF_TEXT
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith(others)}
-        rounds = causal and can_round_up(kwargs)
-        length = -(-tokens // ROUND_TO) * ROUND_TO if rounds else tokens
-        about = describe(kwargs, tokens if rounds else None)
-        if about is None:
-            return None
-        shape = (*hidden.shape[:-2], length, hidden.shape[-1])
-        state_of = (hidden.dtype, hidden.device, hidden.requires_grad, autocast, module.training, keep_from)
-        key = (type(module), shape, *state_of, about)
+        state = (hidden.dtype, hidden.device, hidden.requires_grad, autocast, module.training, keep_from)
+        found: list[tuple[Key, Fit]] = []
+        for fit in self._fits.of(module, hidden, kwargs, autocast or hidden.dtype):
+            if fit.about is None:
+                continue
+            found.append(((type(module), (*hidden.shape[:-2], fit.tokens, hidden.shape[-1]), *state, fit.about), fit))
+            recorded = self._recorded(module, found[-1][0])
+            if recorded is not None and (len(found) == 1 or not self._outgrown(module, found[0][0], found[1][0])):
+                return recorded, tuple(fit.kwargs.values())
+        chosen = self._worth_recording(module, found)
+        return None if chosen is None else self._new(module, layer, hidden, *chosen, autocast, keep_from)
+
+    def _recorded(self, module: nn.Module, key: Key) -> RecordedLayer | None:
         kind = self._stages.get(key)
-        if kind is not None:
-            self._stages.move_to_end(key)
-            recorded = kind.layers.get(module)
-            if recorded is not None and recorded.state.holds():
-                return recorded, tuple(kwargs.values())
-        elif not self._came_before(module, key):
+        if kind is None:
+            return None
+        self._stages.move_to_end(key)
+        recorded = kind.layers.get(module)
+        return recorded if recorded is not None and recorded.state.holds() else None
+
+    def _outgrown(self, module: nn.Module, close: Key, wide: Key) -> bool:
+        """Count a call that runs in a longer recording; tell whether its own shape has come to be most of those."""
+        seen = self._seen.setdefault(module, Counter())
+        seen.update((close, wide))
+        return seen[close] > _OFTEN and 2 * seen[close] > seen[wide]
+
+    def _worth_recording(self, module: nn.Module, found: list[tuple[Key, Fit]]) -> tuple[Key, Fit] | None:
+        """Count a call; return which of the recordings that it fits is to be made now, or None for none.
+
+        A shape is recorded when it comes for the second time; a close one, rather than the longer one that others fit
+        as well, if most of those that fit the longer one are of it.
+        """
+        seen = self._seen.setdefault(module, Counter())
+        if len(seen) > _MOST_SEEN:  # shapes that never repeat
+            seen.clear()
+        seen.update(key for key, _ in found)
+        if not found:
+            return None
+        (close, fit), (wide, other) = found[0], found[-1]
+        if seen[close] > 1 and 2 * seen[close] > seen[wide]:
+            return close, fit
+        return (wide, other) if seen[wide] > 1 else None
+
+    def _new(
+        self,
+        module: nn.Module,
+        layer: partial[Any],
+        hidden: Tensor,
+        key: Key,
+        fit: Fit,
+        autocast: torch.dtype | None,
+        keep_from: int | None,
+    ) -> _Prepared | None:
+        """Record a layer; None where it cannot be."""
+        kind = self._stages.get(key)
+        if kind is not None and kind.unfit:
             return None
         state = LayerState(module)
-        if not state.recordable or (kind is not None and kind.unfit):
+        if not state.recordable:
             return None
         if kind is None:
-            kind = self._new_kind(key, Stage(hidden, kwargs, length, hidden.requires_grad, self._arena))
+            kind = self._new_kind(key, Stage(hidden, fit.kwargs, fit.tokens, hidden.requires_grad, self._arena))
         recorder = self._recorder_for(hidden.device)
         call = partial(layer.func, *layer.args)
         recorded = RecordedLayer(state, kind.stage, call, recorder, autocast, self._copies, keep_from)
-        kind.stage.load_arguments(tuple(kwargs.values()))
+        kind.stage.load_arguments(tuple(fit.kwargs.values()))
         if not kind.layers and not recorded.warm_up():
             kind.unfit = True
             return None
         if not self._record(recorded, kind, module):
             return None
         kind.layers[module] = recorded
-        return recorded, tuple(kwargs.values())
+        return recorded, tuple(fit.kwargs.values())
 
     def _record(self, recorded: RecordedLayer, kind: _Kind, module: nn.Module) -> bool:
         device = recorded.stage.x.device
@@ -180,18 +222,11 @@ class LayerGraphs:
             and not torch.compiler.is_compiling()
         )
 
-    def _came_before(self, module: nn.Module, key: Key) -> bool:
-        seen = self._seen.setdefault(module, set())
-        if key in seen:
-            return True
-        if len(seen) > 64 * MOST_STAGES:  # shapes that never repeat
-            seen.clear()
-        seen.add(key)
-        return False
-
     def _new_kind(self, key: Key, stage: Stage) -> _Kind:
         while len(self._stages) >= MOST_STAGES:
-            _, dropped = self._stages.popitem(last=False)
+            old, dropped = self._stages.popitem(last=False)
+            for seen in self._seen.values():
+                seen.pop(old, None)  # it must come twice again
             self._room.kept_bytes -= dropped.kept_bytes * sum(layer.kept for layer in dropped.layers.values())
         kind = self._stages[key] = _Kind(stage)
         logger.info("Recording %s for hidden states of shape %s.", key[0].__name__, tuple(key[1]))
@@ -231,13 +266,6 @@ class _Kind:
         self.layers: dict[nn.Module, RecordedLayer] = {}
         self.unfit = self.told = False
         self.kept_bytes = 0
-
-
-def _is_causal(module: nn.Module) -> bool:
-    """Whether a layer is one whose tokens see no later ones, so that zeros behind them change nothing."""
-    from fvlm_core.fused.engine import kind_of
-
-    return kind_of(module) == CAUSAL_LAYER
 
 
 @cache

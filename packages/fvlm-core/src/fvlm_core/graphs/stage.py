@@ -16,12 +16,13 @@ TOKEN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -
 """Keyword arguments of a decoder layer that have a token axis, and which it is."""
 
 
-def describe(kwargs: Mapping[str, Any], tokens: int | None) -> Key | None:
+def describe(kwargs: Mapping[str, Any], tokens: int | None, fixed: tuple[str, ...] = ()) -> Key | None:
     """Return what of a layer's keyword arguments a recording depends on.
 
     Args:
         kwargs: tensors, tuples of tensors, and plain values.
         tokens: the length that is going to be rounded up, or None: then shapes must match exactly.
+        fixed: names of arguments without a token axis, whose shapes must match in any case.
 
     Returns:
         None where an argument is of another kind (such as a cache), or has no place to be rounded up.
@@ -36,7 +37,7 @@ def describe(kwargs: Mapping[str, Any], tokens: int | None) -> Key | None:
             if not isinstance(tensor, Tensor) or tensor.requires_grad:
                 return None
             shape = list(tensor.shape)
-            if tokens is not None:
+            if tokens is not None and name not in fixed:
                 axis = TOKEN_AXES.get(name)
                 if axis is None or shape[axis] != tokens:
                     return None

@@ -188,7 +188,7 @@ def test_a_recorded_step_gives_the_logits_of_an_ordinary_one_in_bf16(tiny, famil
     same_so_far = 1 + int((found.sequences == stock.sequences).all(dim=0)[-12:].long().cumprod(0).sum())
     assert same_so_far > 1
     for ours, theirs in list(zip(found.logits, stock.logits, strict=True))[:same_so_far]:
-        assert (ours - theirs).norm() < 0.03 * theirs.norm()
+        assert (ours - theirs).norm() < 0.06 * theirs.norm()
 
 
 @pytest.mark.gpu

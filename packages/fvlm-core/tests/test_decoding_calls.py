@@ -130,7 +130,7 @@ def test_arguments_by_position_and_in_a_config(pair):
         ({"num_beams": 2}, "num_beams"),
         ({"use_cache": False}, "use_cache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"cache_implementation": "static", "disable_compile": True}, "cache_implementation"),
         ({"num_return_sequences": 9, "do_sample": True, "top_k": 1}, "larger than 8"),
     ],
     ids=lambda value: str(value)[:30],

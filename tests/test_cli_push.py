@@ -134,6 +134,44 @@ def test_the_token_is_on_no_command_line(hub: Any, hub_module: Any, adapter: Pat
     assert not any(hub_module.TOKEN.encode() in line for line in shown)
 
 
+def test_a_run_pushes_what_it_saved(hub: Any, hub_module: Any, qwen2_vl_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}', encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(
+        f"""
+model: {{name: {qwen2_vl_folder}, precision: 16bit, token: "${{oc.env:MY_TOKEN}}"}}
+lora: {{r: 2}}
+data: {{train: rows.jsonl}}
+train: {{max_steps: 1, per_device_train_batch_size: 1, gradient_accumulation_steps: 1}}
+save: {{output_dir: run, push: me/run, private: true}}
+""",
+        encoding="utf-8",
+    )
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "MY_TOKEN": hub_module.TOKEN,
+    }
+    environment.pop("HF_TOKEN", None)
+    script = str(Path(sys.executable).with_name("fvlm"))
+    done = subprocess.run(
+        [script, "train", "config.yaml", "--json"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["pushed_to"].startswith(f"{hub.url}/me/run/commit/")
+    assert json.loads((tmp_path / "run/run.json").read_text()) == record
+    there = hub.repos["me/run"].branches["main"]
+    saved = tmp_path / "run/adapter/adapter_model.safetensors"
+    assert there["adapter_model.safetensors"] == saved.read_bytes()
+    assert hub.repos["me/run"].private
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or hub_module.TOKEN.encode() not in path.read_bytes(), path
+
+
 def test_a_token_without_rights_is_a_remote_failure(hub: Any, hub_module: Any, adapter: Path, tmp_path: Path) -> None:
     done = push(hub, adapter, hub_module.READ_ONLY, tmp_path, "--save-method", "lora")
     assert done.returncode == 5, done.stderr

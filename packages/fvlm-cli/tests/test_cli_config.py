@@ -87,7 +87,7 @@ def test_an_error_shows_what_was_written_not_the_secret_behind_it(
         (BASE + "lora: {r: 2}\n", ("model.precision=full",), ("model.precision is full", "lora")),
         (BASE, ("data.eval=a", "data.eval_fraction=0.5"), ("data.eval and data.eval_fraction",)),
         (BASE, ("train.eval_steps=3",), ("train.eval_steps", "data.eval")),
-        (BASE, ("train.max_steps=3", "train.num_train_epochs=1"), ("train.max_steps and train.num_train_epochs",)),
+        (BASE, ("train.max_steps=3", "train.num_train_epochs=2"), ("train.max_steps and train.num_train_epochs",)),
         (BASE, ("data.resize=[3]",), ("data.resize is [3]", "[width, height]")),
         (BASE, ("data.resize=[0,3]",), ("data.resize is [0, 3]", "[width, height]")),
         (BASE, ("data.response_part=x",), ("data.train_on_responses_only",)),

@@ -14,6 +14,7 @@ from fvlm_cli.config.contradictions import contradictions
 from fvlm_cli.config.explain import explain
 from fvlm_cli.config.overrides import dot_list
 from fvlm_cli.config.schema import TrainConfig
+from fvlm_cli.config.secrets import secrets_of
 from fvlm_core.errors import ConfigError
 
 
@@ -44,6 +45,7 @@ def read_config(path: str | Path, words: Sequence[str] = ()) -> TrainConfig:
     except ValidationError as error:
         overridden = {item.partition("=")[0] for item in items}
         raise ConfigError(explain(error, str(path), overridden, written)) from None
+    config.remember(secrets_of(written))
     if (contradiction := contradictions(config)) is not None:
         raise ConfigError(f"{path}: {contradiction}")
     return config

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from fvlm_cli.config.secrets import Place, hide
 
 MergeMethod = Literal["merged_16bit", "merged_4bit", "lora"]
 
@@ -226,6 +228,15 @@ class SaveSection(Section):
     )
     overwrite: bool = Field(default=False, description="Replace what an earlier run left in output_dir.")
     merge: MergeMethod | None = Field(default=None, description="Also save the merged model, in output_dir/merged.")
+    push: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Also upload the result to this repository on the Hub (user/name): merged as merge says, else the "
+        "adapter; with model.token, HF_TOKEN or the login.",
+    )
+    private: bool | None = Field(
+        default=None, description="Who may see a repository that push makes. Default: the account's."
+    )
 
 
 class TrainConfig(Section):
@@ -237,3 +248,14 @@ class TrainConfig(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     save: SaveSection = Field(default_factory=SaveSection)
+    _secrets: dict[Place, str] = PrivateAttr(default_factory=dict)
+
+    def remember(self, secrets: dict[Place, str]) -> None:
+        """Remember which values come from secrets, and how they were written."""
+        self._secrets = secrets
+
+    def to_save(self) -> dict[str, Any]:
+        """Return every key, defaults included, with secrets as they were written, and without the token."""
+        plain = self.model_dump(mode="json")
+        hide(plain, self._secrets)
+        return plain

@@ -54,7 +54,7 @@ def load(config: TrainConfig) -> tuple[PreTrainedModel | PeftModel, ProcessorMix
         **options,
     )
     if isinstance(model, PeftModel):
-        if "lora" in config.model_fields_set:
+        if config.lora != LoraSection():
             raise ConfigError(f"model.name={section.name!r} is an adapter, which is trained as it is: leave lora out.")
     elif section.precision != "full":
         model = adapt(model, config.lora, section)

@@ -13,6 +13,7 @@ from fvlm_cli.data.read import read_data
 from fvlm_cli.data.row import Row, locate
 from fvlm_cli.generate.load import quiet_libraries
 from fvlm_cli.output import Output
+from fvlm_cli.training.reporting import check_reporting
 from fvlm_cli.training.resume import last_complete
 from fvlm_cli.training.run_folder import RunFolder, whole
 from fvlm_cli.versions import git_state, versions
@@ -58,6 +59,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     from fvlm_cli.training.build import build_trainer, load  # torch and all: only once the data are known to be good
 
     quiet_libraries(out.debug)
+    check_reporting(config.train.report_to)
     model, processor = load(config)
     _describe(model, out)
     trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
@@ -77,6 +79,9 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         record["status"] = "finished"
     record["seconds"] = round(time.monotonic() - start, 3)
     folder.write_record(record)
+    if config.save.push is not None and not interrupted and folder.writes:
+        record["pushed_to"] = _push(config, folder, out)
+        folder.write_record(record)
     return record
 
 
@@ -164,3 +169,25 @@ def _save(config: TrainConfig, folder: RunFolder, model: Any, processor: Any, ou
         )
         saved["merged_dir"] = str(folder.merged)
     return saved
+
+
+def _push(config: TrainConfig, folder: RunFolder, out: Output) -> str:
+    """Upload what was saved last; return the address."""
+    from fvlm_export import push_to_hub_merged
+
+    repository = str(config.save.push)
+    if config.save.merge is not None:
+        path, method = folder.merged, str(config.save.merge)
+    elif config.model.precision == "full":
+        path, method = folder.model, "merged_16bit"
+    else:
+        path, method = folder.adapter, "lora"
+    out.note(f"pushing {path} to {repository}")
+    return push_to_hub_merged(
+        path,
+        repository,
+        save_method=method,
+        token=config.model.token,
+        private=config.save.private,
+        progress=out.interactive,
+    )

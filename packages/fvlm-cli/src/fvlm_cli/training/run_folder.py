@@ -65,7 +65,7 @@ class RunFolder:
         elif used:
             self._clear()
         self.root.mkdir(parents=True, exist_ok=True)
-        plain = config.model_dump(mode="json")
+        plain = config.to_save()
         self.config.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def _clear(self) -> None:
@@ -83,7 +83,7 @@ class RunFolder:
             before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except yaml.YAMLError:
             raise ConfigError(f"{self.config} is damaged; start anew with save.overwrite=true.") from None
-        now = config.model_dump(mode="json")
+        now = config.to_save()
         for path in _FIXED:
             key = ".".join(path)
             old, new = _at(before, path), _at(now, path)

@@ -1,0 +1,47 @@
+"""Values of a config that come from environment variables which hold secrets: saved as they were written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_SECRET = re.compile(r"\$\{oc\.env:[^}]*?(TOKEN|KEY|SECRET|PASSW)", re.IGNORECASE)
+
+Place = tuple[str | int, ...]
+
+
+def secrets_of(written: Any) -> dict[Place, str]:
+    """Return where a config refers to such variables, with what it says there: `${oc.env:WANDB_API_KEY}`.
+
+    Args:
+        written: the config, interpolations unresolved.
+    """
+    return {place: text for place, text in _texts(written, ()) if _SECRET.search(text)}
+
+
+def hide(plain: Any, secrets: dict[Place, str]) -> None:
+    """Put what was written in the place of what it stands for, where that is still there."""
+    for (*before, last), text in secrets.items():
+        holder = plain
+        for step in before:
+            holder = holder[step] if _has(holder, step) else None
+        if _has(holder, last):
+            holder[last] = text
+
+
+def _has(holder: Any, step: str | int) -> bool:
+    if isinstance(holder, dict):
+        return step in holder
+    return isinstance(holder, list) and isinstance(step, int) and step < len(holder)
+
+
+def _texts(node: Any, at: Place) -> Iterator[tuple[Place, str]]:
+    if isinstance(node, str):
+        yield at, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _texts(value, (*at, key))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _texts(value, (*at, number))

@@ -192,3 +192,27 @@ def test_what_is_kept_is_made_once_for_each_tensor(run):
         return made[-1]
 
     assert [kept(t, make) for t in (first, second, first, second)] == [0, 1, 0, 1]
+
+
+def test_the_table_compares_by_both_clocks(run):
+    from benchmarks.kernels.table import table
+
+    rows = [
+        row("gelu", "torch", "forward", device=30.0, eager=50.0, rows=8),
+        row("gelu", "fvlm", "forward", device=10.0, eager=100.0, of_ceiling=0.9, rows=8) | {"of_copy": 0.95},
+        row("nf4", "fvlm", "forward", device=10.0, out=8),
+        row("gelu", "liger", "backward", rows=8),
+        row("gelu", "fvlm", "backward", rows=8),
+    ]
+    head, _, forward, backward = table(rows, ["gelu"])
+    assert head.endswith("| × torch, device / eager | × liger, device / eager |")
+    assert forward == "| `gelu` c | forward | 10.0 | 90% (95%) | 3.00 / 0.50 | – |"
+    assert backward == "| `gelu` c | backward | 120.0 | 50% | – | 1.00 / 1.00 |"
+
+
+def test_what_tiny_runs_measure_is_no_result(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "kernels.jsonl")
+    assert run.main(["--tiny", "--repeats", "2", "--skip", "compile", "vision_rotary"]) == 0
+    assert not run.RESULTS.exists()
+    committed = rows_of(ROOT / "benchmarks" / "results" / "kernels.jsonl")
+    assert {"NVIDIA"} == {row["card"].split()[0] for row in committed}

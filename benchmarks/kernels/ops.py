@@ -26,19 +26,19 @@ OPS: dict[str, Callable[[bool], list[Case]]] = {
     "multimodal_rotary": rotations.multimodal_cases,
     "vision_rotary": rotations.vision_cases,
     "nf4": bench_nf4.dequantize_cases,
-    "nf4_matvec": bench_nf4.matvec_cases,
     "quantize_nf4": bench_nf4.quantize_cases,
     "int8": bench_nf4.int8_cases,
     "lora_linear": bench_lora.linear_cases,
     "lora_qkv": bench_lora.qkv_cases,
     "lora_mlp": bench_lora.mlp_cases,
-    "lora_decode": bench_lora.decode_cases,
-    "decode_attention": bench_decoding.attention_cases,
     "linear_cross_entropy": losses.linear_cases,
     "cross_entropy": losses.loss_cases,
     "varlen_attention": vision_parts.attention_cases,
     "patch_embed": vision_parts.patch_cases,
     "adamw": optimizer.adamw_cases,
+    "nf4_matvec": bench_nf4.matvec_cases,
+    "lora_decode": bench_lora.decode_cases,
+    "decode_attention": bench_decoding.attention_cases,
 }
 
 

@@ -49,7 +49,7 @@ def latest(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
     return found
 
 
-def _microseconds(row: Row, clock: str) -> float:
+def microseconds(row: Row, clock: str) -> float:
     """Return a row's time by a clock; behind a busy GPU where it was too long to be recorded."""
     taken = row.get(CLOCKS[clock])
     return float(row["p50_us"] if taken is None else taken)
@@ -84,7 +84,7 @@ def verdicts(rows: Iterable[Row]) -> Iterator[Verdict]:
             if peer not in by_provider:
                 continue
             for clock in CLOCKS:
-                faster = _microseconds(by_provider[peer], clock) / _microseconds(ours, clock)
+                faster = microseconds(by_provider[peer], clock) / microseconds(ours, clock)
                 yield Verdict(op, case, mode, f"x {peer}, {clock}", round(faster, 3), needed)
 
 

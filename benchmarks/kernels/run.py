@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from benchmarks.kernels.reach import report
 from benchmarks.kernels.warm import one_thread, warm
 
 Row = dict[str, Any]
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
 
 
 def _microseconds(seconds: float | None) -> float | None:
@@ -144,7 +146,7 @@ def read(path: Path) -> list[Row]:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)}; all by default")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.jsonl")
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/kernels.jsonl; nowhere with --tiny")
     parser.add_argument("--check", type=Path, metavar="FILE", help="run nothing, judge the rows of a file")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of a provider and pass, at most")
     parser.add_argument("--quick", action="store_true", help="two cases of each op")
@@ -158,6 +160,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"no op is called {sorted(unknown)[0]!r}; there are {', '.join(OPS)}")
     if options.repeats < 2:
         parser.error(f"--repeats is {options.repeats}; percentiles need at least 2")
+    if options.out is None:  # what --tiny measures is no result
+        options.out = Path(os.devnull) if options.tiny else RESULTS
     if options.check is not None and not options.check.is_file():
         parser.error(f"--check is {options.check}, which is no file; give one that a run has written")
     if options.check is None and not options.tiny and not torch.cuda.is_available():

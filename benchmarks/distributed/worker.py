@@ -10,6 +10,7 @@ alone also trains with twice the accumulation: on what two processes see in one 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -83,10 +84,13 @@ class Bench:
             trainer = self._trainer(scratch, clock, accumulation, settings)
             trainer.train()
             waits = self._waits(trainer) if CUDA else None
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        step_s, history = clock.step_s, trainer.state.log_history
+        del trainer  # and with it DDP's buckets, which the next run would hold beside its own
+        gc.collect()
+        losses = [entry["loss"] for entry in history if "loss" in entry]
         own = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None, "waits": waits}
         own["weights"] = float(sum(p.detach().double().abs().sum() for p in self.trained))
-        return {"step_s": clock.step_s, "losses": losses, "accumulation": accumulation, "ranks": _gathered(own)}
+        return {"step_s": step_s, "losses": losses, "accumulation": accumulation, "ranks": _gathered(own)}
 
     def _trainer(self, scratch: str, clock: Clock, accumulation: int, settings: dict[str, Any]) -> FastVisionTrainer:
         arguments = SFTConfig(

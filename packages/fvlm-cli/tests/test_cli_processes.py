@@ -6,7 +6,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from safetensors.torch import load_file
@@ -94,3 +98,50 @@ def test_ctrl_c_stops_all_after_one_step_with_one_checkpoint(fvlm, fvlm_command:
     done = fvlm(*words, "--resume", "--nproc", "2", f"train.max_steps={record['steps'] + 2}", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
+
+
+def started(programs: list[str]) -> Callable[..., subprocess.Popen[bytes]]:
+    """A stand-in for `launch._start` whose processes run these programs."""
+
+    def start(rank: int, count: int, port: int, words: object, said: IO[str] | None) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", programs[rank]], stdout=subprocess.DEVNULL, stderr=said)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("programs", "code", "said"),
+    [
+        (["import time; time.sleep(60)", "raise SystemExit('fvlm: row 7: broken.')"], 1, "fvlm: row 7: broken.\n"),
+        (["import time; time.sleep(60)", "import os; os.abort()"], 1, "fvlm: process 1 ended before the others.\n"),
+        (["raise SystemExit(3)", "raise SystemExit(2)"], 3, ""),
+        (["raise SystemExit(130)", "raise SystemExit(130)"], 130, ""),
+        (["", ""], 0, ""),
+    ],
+)
+def test_the_process_that_failed_speaks_and_none_is_left(
+    programs: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fvlm_cli.output import Output
+    from fvlm_cli.training import launch
+
+    monkeypatch.setattr(launch, "_GRACE_S", 0.5)
+    monkeypatch.setattr(launch, "_start", started(programs))
+    begun = time.monotonic()
+    assert launch.launch(2, [], Output()) == code
+    assert time.monotonic() - begun < 30
+    assert capsys.readouterr().err == said
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fvlm_cli.output import Output
+    from fvlm_cli.training.launch import launch
+    from fvlm_core.errors import ConfigError
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="--nproc 2 asks for a GPU each, and there are 1"):
+        launch(2, [], Output())

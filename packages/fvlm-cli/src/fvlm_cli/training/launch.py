@@ -82,9 +82,11 @@ def _check(count: int) -> None:
 
 
 def _start(rank: int, count: int, port: int, words: Sequence[str], said: IO[str] | None) -> subprocess.Popen[bytes]:
+    # Gloo would look its interface up by the host's name, which may have none; macOS calls it something else.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
-        "GLOO_SOCKET_IFNAME": "lo",  # the interface is otherwise looked up by the host's name, which may have none
+        **loopback,
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

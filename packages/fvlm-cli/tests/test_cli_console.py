@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -28,6 +29,15 @@ def test_help_names_every_verb_without_colour(fvlm, tmp_path: Path) -> None:
     for verb in verbs.split():
         assert f" {verb} " in done.stdout
     assert "\x1b[" not in done.stdout
+
+
+def test_shells_complete_verbs(fvlm_command: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "_FVLM_COMPLETE": "complete_bash", "COMP_WORDS": "fvlm pre", "COMP_CWORD": "1"}
+    done = subprocess.run(fvlm_command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["preview"]
+    source = {**os.environ, "_FVLM_COMPLETE": "source_zsh"}
+    done = subprocess.run(fvlm_command, cwd=tmp_path, env=source, capture_output=True, text=True, check=False)
+    assert "#compdef fvlm" in done.stdout
 
 
 def test_version_as_json(fvlm, tmp_path: Path) -> None:

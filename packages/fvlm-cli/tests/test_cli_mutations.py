@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from fvlm_cli.config.schema import TrainConfig
+from fvlm_cli.config.schema import SourceSection, TrainConfig
 from fvlm_cli.main import app
 from fvlm_cli.quickstart.folders import shipped_checkpoint
 
@@ -105,6 +105,25 @@ def test_a_config_with_one_wrong_value(
             f"{section} is",
             *([value] if isinstance(value, str) and value.strip() else []),
         )
+        assert any(name in said for name in names), said
+
+
+@settings(QUIET, max_examples=40)
+@given(key=st.sampled_from(sorted(SourceSection.model_fields)), value=WEIRD, misspelt=st.sampled_from(["", "", "s"]))
+def test_a_dataset_with_one_wrong_value(
+    place: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, misspelt: str
+) -> None:
+    wrong = config()
+    wrong["data"]["train"] = [{"path": "rows.jsonl", "weight": 1.0, key + misspelt: value}]
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows())), encoding="utf-8")
+    (place / "config.yaml").write_text(yaml.safe_dump(wrong, allow_unicode=True), encoding="utf-8")
+    done = preview(place, monkeypatch)
+    if misspelt:
+        assert done.exit_code == 2
+        assert f"data.train[0].{key}s is not a key of a dataset" in complaint(done)
+    elif done.exit_code:
+        said = complaint(done)
+        names = ("data.train", "rows.jsonl", *([value] if isinstance(value, str) and value.strip() else []))
         assert any(name in said for name in names), said
 
 

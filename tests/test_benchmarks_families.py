@@ -40,6 +40,14 @@ def test_a_family_is_trained_and_answers(run, tmp_path, capsys):
     assert len(row["losses"]) == len(row["steps_s"]) == 5
     assert row["losses"][-1] < row["losses"][0]  # the same pages five times
     assert "tiny-mllama: " in capsys.readouterr().out
+    importlib.import_module("benchmarks.families.table").main([str(out)])
+    *_, line, _, where = capsys.readouterr().out.splitlines()
+    assert (
+        line
+        == f"| tiny-mllama | {row['tokens_per_batch']} | {row['load_s']:.1f} | – | {row['step_s']:.3f} | – | "
+        + (f"{row['generate_s']:.2f} |")
+    )
+    assert where.endswith("commit abc")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]  # the checkpoint is gone
 
 

@@ -8,8 +8,6 @@ on where it stopped. Every failure becomes one sentence; the token never appears
 from __future__ import annotations
 
 import fnmatch
-import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -27,15 +25,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._validators import validate_repo_id
 
 from fvlm_core.errors import ConfigError, ExportError
-
-logger = logging.getLogger(__name__)
+from fvlm_export.retry import cause_of, patiently, status_of
 
 T = TypeVar("T")
 
 # What an earlier push may have left, and what would be loaded instead of, or on top of, the new files
 _STALE_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*", "adapter_*")
 _STALE_ADAPTER = ("adapter_*",)
-_WAITS = (1.0, 4.0, 15.0)  # seconds, between tries of what huggingface_hub does not retry by itself
 
 
 class HubRepo:
@@ -115,27 +111,15 @@ class HubRepo:
         return str(info.pr_url if self.create_pr and info.pr_url else info.commit_url)
 
     def _ask(self, request: Callable[[], T]) -> T:
-        for wait in (*_WAITS, None):
-            try:
-                return request()
-            except (
-                HfHubHTTPError,
-                httpx.HTTPError,
-                LocalTokenNotFoundError,
-                RuntimeError,
-                OSError,
-                ValueError,
-            ) as error:
-                cause = _cause(error)
-                if wait is None or not _passing(cause):
-                    raise ExportError(self._sentence(cause)) from None
-                logger.warning("the Hub did not answer as it should (%s); trying again in %.0f s", _status(cause), wait)
-                time.sleep(wait)
-        raise ExportError(f"pushing to {self.repo_id!r} failed.")
+        errors = (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, RuntimeError, OSError, ValueError)
+        try:
+            return patiently(request, errors)
+        except errors as error:
+            raise ExportError(self._sentence(cause_of(error))) from None
 
     def _sentence(self, error: BaseException) -> str:
         where = f"{self.repo_id!r} on the Hub"
-        status = _status(error)
+        status = status_of(error)
         if isinstance(error, GatedRepoError):
             return f"{where} is gated; ask its owner for access and pass that account's token."
         if isinstance(error, RevisionNotFoundError):
@@ -154,21 +138,3 @@ class HubRepo:
             f"pushing to {where} failed ({type(error).__name__}); check the network and push again, "
             "what was uploaded is not sent twice."
         )
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what an upload thread's wrapper hides."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, (HfHubHTTPError, httpx.HTTPStatusError)) else None
-
-
-def _passing(error: BaseException) -> bool:
-    status = _status(error)
-    if status is not None:
-        return status == 429 or status >= 500
-    return isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError))

@@ -20,8 +20,10 @@ from huggingface_hub.utils._http import hf_raise_for_status
 
 from fvlm_core.checkpoint import Source, weight_files
 from fvlm_core.errors import CheckpointError
+from fvlm_export.retry import patiently
 from fvlm_export.safetensor_file import Buffers, SafetensorFile, TensorInfo, torch_dtype
 
+_ERRORS = (HfHubHTTPError, httpx.HTTPError)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -74,8 +76,10 @@ class RemoteShard:
         self._start: int | None = None
         api = HfApi(token=source.token)
         try:
-            header = api.parse_safetensors_file_metadata(source.name, name, revision=source.revision)
-        except (HfHubHTTPError, httpx.HTTPError, SafetensorsParsingError) as error:
+            header = patiently(
+                lambda: api.parse_safetensors_file_metadata(source.name, name, revision=source.revision), _ERRORS
+            )
+        except (*_ERRORS, SafetensorsParsingError) as error:
             raise _unreachable(source, name, error) from None
         self.infos = {
             key: TensorInfo(key, torch_dtype(entry.dtype), tuple(entry.shape)) for key, entry in header.tensors.items()
@@ -94,13 +98,16 @@ class RemoteShard:
             return self._file
 
     def _download(self) -> Path:
-        source = self._source
+        source, name, folder = self._source, self._name, self._folder
         try:
-            path = hf_hub_download(
-                source.name, self._name, revision=source.revision, token=source.token, local_dir=self._folder
+            path = patiently(
+                lambda: hf_hub_download(
+                    source.name, name, revision=source.revision, token=source.token, local_dir=folder
+                ),
+                _ERRORS,
             )
-        except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError) as error:
-            raise _unreachable(source, self._name, error) from None
+        except (*_ERRORS, LocalEntryNotFoundError) as error:
+            raise _unreachable(source, name, error) from None
         return Path(path)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -121,15 +128,18 @@ class RemoteShard:
 
     def _range(self, begin: int, end: int) -> bytes:
         source = self._source
+        url = hf_hub_url(source.name, self._name, revision=source.revision)
         headers = {**build_hf_headers(token=source.token), "Range": f"bytes={begin}-{end - 1}"}
-        try:
-            response = get_session().get(
-                hf_hub_url(source.name, self._name, revision=source.revision), headers=headers, follow_redirects=True
-            )
+
+        def request() -> bytes:
+            response = get_session().get(url, headers=headers, follow_redirects=True)
             hf_raise_for_status(response)
-        except (HfHubHTTPError, httpx.HTTPError) as error:
+            return bytes(response.content)
+
+        try:
+            return patiently(request, _ERRORS)
+        except _ERRORS as error:
             raise _unreachable(source, self._name, error) from None
-        return bytes(response.content)
 
     def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
         """See :class:`Shard`."""

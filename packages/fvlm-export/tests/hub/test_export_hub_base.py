@@ -123,6 +123,38 @@ def test_a_killed_merge_of_a_hub_base_goes_on(
     assert sorted(path.name for path in tmp_path.glob(".out*")) == []
 
 
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_base_is_asked_for_again_when_the_hub_stumbles(
+    hub: Any,
+    tools: Any,
+    adapter: Path,
+    tmp_path: Path,
+    cold_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+) -> None:
+    """While headers, states and shards are read: two failures each, of kinds that pass."""
+    monkeypatch.setattr("fvlm_export.retry.time.sleep", lambda seconds: None)
+    model = load_model(tools.checkpoint(), precision=Precision.NF4, dtype="float16", device_map="cpu")
+    publish(hub, tools, tmp_path, model)
+    for shard in ("model-00001", "model-00002"):
+        hub.fail("GET", rf"resolve/[^/]+/{shard}", status, times=2)
+    real = RemoteShard._range
+    hurt: list[str] = []
+
+    def stumbling(self: RemoteShard, begin: int, end: int) -> bytes:
+        if not hurt:
+            hurt.append(self._name)
+            hub.fail("GET", rf"resolve/[^/]+/{self._name}", status, times=2)
+        return real(self, begin, end)
+
+    monkeypatch.setattr(RemoteShard, "_range", stumbling)
+    out = save_pretrained_merged(adapter, tmp_path / "out", base="me/base", max_shard_size="300KB", progress=False)
+    assert hurt
+    assert all(fault.times == 0 for fault in hub.faults), "every failure was met"
+    assert tools.load(out) is not None
+
+
 def test_an_adapter_that_names_its_hub_base(
     hub: Any, tools: Any, adapter: Path, tmp_path: Path, cold_cache: Path
 ) -> None:

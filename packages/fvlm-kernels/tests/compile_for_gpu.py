@@ -123,7 +123,8 @@ def launch_decoding():
             for rows in (1, 2, 8):
                 x = torch.randn(rows, k, dtype=dtype)
                 for layers in (1, 3):
-                    ops.lora_decode(x, x, tensors * layers, [2.0] * layers, [size] * layers, 64, dtype)
+                    ops.lora_decode(x, x, tensors * layers, [2.0] * layers, [size] * layers, 64, dtype, "")
+                ops.lora_decode(x, x, tensors * 2, [2.0] * 2, [size] * 2, 64, dtype, "silu")
     length = torch.ones(1, dtype=torch.int64)
     for heads, key_heads, width, window in ((12, 2, 128, 0), (8, 4, 256, 1024)):
         cache = torch.ones(2, key_heads, 1024, width, dtype=dtype)

@@ -167,6 +167,14 @@ OPS = {
         nf4_parts(48, 64),
         frozen=("x", "a_a", "a_b"),
     ),
+    "lora_decode_gated": Op(
+        lambda impl, x, a_a, a_b, **t: ops.lora_decode_gated(
+            x, *[adapted({"a_a": a_a, "a_b": a_b}, "a", weight_from(t, 48, 64)) for _ in range(2)], impl=impl
+        ),
+        {"x": (1, 64)} | ADAPTER,
+        nf4_parts(48, 64),
+        frozen=("x", "a_a", "a_b"),
+    ),
     "decode_attention": Op(
         decode_attention,
         {"q": (2, 4, 16), "keys": (2, 2, 24, 16), "values": (2, 2, 24, 16)},

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fvlm_kernels import LoRALinear, lora_decode, quantize_nf4
-from fvlm_kernels.lora_decode import _block_n, _group
+from fvlm_kernels import LoRALinear, lora_decode, lora_decode_gated, quantize_nf4
+from fvlm_kernels._decode_products import _block_n
+from fvlm_kernels.lora_decode import _group
 from fvlm_kernels.testing import assert_deterministic, check_against_reference, randn, strided
 
 SHAPES = [((16, 64),), ((40, 72), (5, 72), (9, 72)), ((9, 2056), (12, 2056))]
@@ -114,3 +115,36 @@ def test_refusals(device):
     with pytest.raises(ValueError, match="no layers"):
         lora_decode(torch.zeros(1, 64, device=device), [])
     assert lora_decode(torch.zeros(0, 64, device=device), [layer])[0].shape == (0, 16)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gated_pairs(rows, activation, dtype, device):
+    gate, up = layers_of(((21, 72), (21, 72)), device)
+
+    def run(impl):
+        return lambda x: lora_decode_gated(x, gate, up, activation, impl=impl, lora_dtype=x.dtype)
+
+    check_against_reference(run("triton"), run("torch"), {"x": randn(rows, 72, dtype=dtype, device=device)})
+
+
+def test_gated_programs_of_several_rows(device, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules[_block_n.__module__], "PROGRAMS", 4)
+    assert _block_n(21, 2) == 4
+    gate, up = layers_of(((21, 2056), (21, 2056)), device)
+    x = randn(1, 2056, dtype=torch.float32, device=device)
+    ours, theirs = (lora_decode_gated(x, gate, up, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gated_pairs_that_share_no_launch(device):
+    gate, up = layer_of((21, 72), device), layer_of((21, 72), device, rank=2, seed=10)
+    x = randn(2, 72, dtype=torch.float32, device=device)
+    ours, theirs = (lora_decode_gated(x, gate, up, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="must be alike"):
+        lora_decode_gated(x, gate, layer_of((9, 72), device))
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        lora_decode_gated(x, gate, up, "relu")

@@ -15,7 +15,7 @@ from .int8 import Int8Weight, dequantize_int8
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .lora import lora_linear, lora_qkv
-from .lora_decode import lora_decode
+from .lora_decode import lora_decode, lora_decode_gated
 from .lora_layer import LoRALinear
 from .lora_mlp import lora_mlp
 from .multimodal_rotary import multimodal_rotary
@@ -48,6 +48,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora_decode",
+    "lora_decode_gated",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",

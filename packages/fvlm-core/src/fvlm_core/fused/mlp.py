@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from fvlm_core.fused.adapted import is_decoding, together
 from fvlm_core.passes import result_is_unread
-from fvlm_kernels import geglu, lora_decode, lora_mlp, swiglu
+from fvlm_kernels import lora_decode, lora_decode_gated, lora_mlp
+from fvlm_kernels.lora_decode import Gate
 from fvlm_kernels.lora_mlp import Activation
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -19,11 +18,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "QuickGELUActivation": "quick_gelu",
     "GELUTanh": "gelu_tanh",
     "GELUActivation": "gelu",
-}
-_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": swiglu,
-    "gelu_tanh": geglu,
-    "gelu": partial(geglu, approximate="none"),
 }
 _ACTIVATION_NAMES = ("act_fn", "act", "activation_fn")
 _PLAIN_NAMES = (("fc1", "fc2"), ("linear_fc1", "linear_fc2"), ("linear_1", "linear_2"))
@@ -83,8 +77,11 @@ def _fused(x: Tensor, module: nn.Module, linears: tuple[nn.Module, ...], act: nn
         return None
     (gate, *up, down), compute_dtype = found
     if is_decoding(x) and not module.training:
-        opened = lora_decode(x, (gate, *up), compute_dtype=compute_dtype)
-        hidden = act(opened[0]) if not up else _GATED[name](*opened)
+        if up:
+            gated = cast("Gate", name)  # `gated_unfit` lets no other activation come here
+            hidden = lora_decode_gated(x, gate, up[0], gated, compute_dtype=compute_dtype)
+        else:
+            hidden = act(lora_decode(x, (gate,), compute_dtype=compute_dtype)[0])
         return lora_decode(hidden, (down,), compute_dtype=compute_dtype)[0]
     return lora_mlp(
         x,

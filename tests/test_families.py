@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_tools import LOADING, assert_same, gradients, ours, plain, same_start, sample, stock
+from matrix_tools import LOADING, assert_same, gradients, ours, plain, same_start, sample, stock
 from parity_tools import trainable
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 

@@ -267,7 +267,7 @@ def _launch_narrow(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.T
 def _block_n(rows_of_weights: int, sums: int) -> int:
     """Return how many rows of W a program takes: as many as leave enough programs, and registers for all sums.
 
-    How a row of y is summed does not depend on it.
+    How a row of y is summed does not depend on it. A pair counts for twice its sums: it has two sets of addresses.
     """
     return next((n for n in (4, 2) if cdiv(rows_of_weights, n) >= PROGRAMS and n * sums <= MAX_ROWS), 1)
 
@@ -296,7 +296,7 @@ def _products(
     taken = sizes[:1] if act else sizes
     y = torch.empty((rows, sum(taken)), dtype=dtype, device=x.device)
     codes = [_aligned_words(p) for p in of[0] if p is not None]
-    block_n, block_w = _block_n(sum(taken), 2 * rows if act else rows), min(256, next_power_of_two(words))
+    block_n, block_w = _block_n(sum(taken), 4 * rows if act else rows), min(256, next_power_of_two(words))
 
     def three(column: Sequence[Any]) -> list[Any]:
         filled = [value if value is None else value.contiguous() for value in column]

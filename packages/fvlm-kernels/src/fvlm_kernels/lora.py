@@ -14,8 +14,9 @@ What is saved: x where an A is trained, the ``(rows, Σr)`` products with A wher
 each layer with dropout. W is dequantized again in backward.
 
 Numerics. The matrix products accumulate in fp32 in the matrix units. Without ``lora_dtype`` the adapter computes in
-the dtype of A, to which x is cast, as PEFT's layers do; the adapter's output is added to the base's before one rounding
-to the result's dtype, where PEFT rounds both first. Under autocast all products take autocast's dtype, as PEFT's do.
+the dtype of A, to which x is cast, as PEFT's layers do. Where all dtypes are one the base's product is accumulated onto
+the rounded output of the adapter and rounded once; else the adapter's product onto the rounded output of the base. PEFT
+rounds both, and then their sum. Under autocast all products take autocast's dtype, as PEFT's do.
 ``compute_dtype`` is bitsandbytes' ``bnb_4bit_compute_dtype``. The gradients of A, B and bias have the dtypes of those.
 Two runs on one device give the same bits where its matrix products do (cuBLAS does, on one stream).
 """
@@ -27,11 +28,13 @@ from typing import Any
 
 import torch
 
+from . import lora_gradients as gradients
 from . import lora_steps as steps
 from ._launch import KERNEL_DTYPES, Impl, check_floating, check_same_device, use_triton, without_autocast
 from ._library import first_derivative_only
+from .lora_gradients import Needs, Saved
 from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, dtypes_for
-from .lora_steps import BIAS, A, B, Needs, Saved
+from .lora_steps import BIAS, A, B
 
 
 def group(settings: Sequence[Settings], tensors: Sequence[torch.Tensor | None]) -> steps.Layers:
@@ -45,7 +48,7 @@ def needs_of(flags: Sequence[bool]) -> list[Needs]:
     return [Needs(flags[i + BIAS], flags[i + A], flags[i + B]) for i in starts]
 
 
-def flat(gradients: Sequence[steps.Gradients]) -> list[torch.Tensor | None]:
+def flat(gradients: Sequence[gradients.Gradients]) -> list[torch.Tensor | None]:
     """Lay the layers' gradients out as their flat tensors were."""
     return [g for one in gradients for g in (*[None] * BIAS, one.bias, one.a, one.b)]
 
@@ -80,7 +83,7 @@ class _Projections(torch.autograd.Function):
         masks, tensors = others[: len(settings)], others[len(settings) :]
         needs, need_dx = needs_of(ctx.needs_input_grad[5:]), ctx.needs_input_grad[0]
         with without_autocast(grads[0]):
-            dx, made = steps.backward(
+            dx, made = gradients.backward(
                 grads, Saved(x, products, masks), group(settings, tensors), dtypes, needs, need_dx, triton
             )
         return None if dx is None else dx.to(dtype), None, None, None, None, *flat(made)

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from . import lora_gradients as gradients
 from . import lora_steps as steps
 from ._launch import Impl, without_autocast
 from ._library import first_derivative_only
@@ -28,8 +29,8 @@ from .activations import _ref as _activation_ref
 from .gated import _bwd_into_op as _gated_bwd_
 from .gated import _fwd_op as _gated_fwd
 from .lora import check_input, flat, group, needs_of, runs_triton
+from .lora_gradients import Needs, Saved
 from .lora_layer import TENSORS, Dtypes, LoRALinear, Settings, Slots, dtypes_for
-from .lora_steps import Needs, Saved
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
 _KERNEL_NAMES = {"gelu": "gelu_erf"}
@@ -138,10 +139,10 @@ class _MLP(torch.autograd.Function):
             )
             if not upstream:
                 return *[None] * (7 + n * TENSORS), *flat(last_made)
-            dh = steps.input_gradient([dy], last_inner, last_masks, [last], dtypes, triton)
+            dh = gradients.input_gradient([dy], last_inner, last_masks, [last], dtypes, triton)
             grads = _activate_backward(dh.to(dtypes.out), inner, act, triton)
             saved = Saved(x, products, masks)
-            dx, made = steps.backward(grads, saved, first, dtypes, needs, ctx.needs_input_grad[0], triton)
+            dx, made = gradients.backward(grads, saved, first, dtypes, needs, ctx.needs_input_grad[0], triton)
         return None if dx is None else dx.to(dtype), *[None] * 6, *flat(made), *flat(last_made)
 
 
@@ -155,14 +156,14 @@ def _last_gradients(
     need_inner: bool,
     act: str,
     triton: bool,
-) -> tuple[list[steps.Gradients], torch.Tensor | None]:
+) -> tuple[list[gradients.Gradients], torch.Tensor | None]:
     """Return the gradients of the last layer, whose input is computed again from the pre-activations."""
     products_left_out = need.b and saved.products is None
     if need.a or products_left_out:
         h = _activate(inner, act, triton)
         products = steps.input_products(h, [last], dtypes) if products_left_out else saved.products
         saved = Saved(h, products, saved.masks)
-    return steps.parameter_gradients([dy], saved, [last], dtypes, [need], need_inner)
+    return gradients.parameter_gradients([dy], saved, [last], dtypes, [need], need_inner)
 
 
 def _check(x: torch.Tensor, first: Sequence[LoRALinear], down: LoRALinear, activation: str) -> None:

@@ -41,6 +41,10 @@ def test_chunks_are_even_bounded_and_whole_tiles(monkeypatch):
     assert rows(5, trained=False) == 1
 
 
+def plainly(hidden, weight, labels):
+    return torch.nn.functional.cross_entropy(hidden @ weight.t(), labels)
+
+
 class Largest(TorchDispatchMode):
     """Remembers the most bytes that any operation returned in one tensor."""
 
@@ -51,6 +55,17 @@ class Largest(TorchDispatchMode):
         returned = result if isinstance(result, tuple | list) else (result,)
         self.nbytes = max([self.nbytes, *(t.nbytes for t in returned if isinstance(t, torch.Tensor))])
         return result
+
+
+def test_backward_holds_no_second_gradient_of_the_head_in_fp32(device):
+    hidden, weight, _ = head_of((6,), 8, 500, torch.float16, device).values()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels_of((6,), 500, device), impl="triton")
+    with Largest() as seen:
+        (grad,) = torch.autograd.grad(loss * 3.0, weight)
+    assert seen.nbytes == grad.nbytes == 500 * 8 * 2
+    exact = torch.autograd.grad(plainly(hidden.double(), weight.double(), labels_of((6,), 500, device)) * 3.0, weight)
+    torch.testing.assert_close(grad, exact[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -36,6 +36,16 @@ from ._loss_chunks import Rows, loss_of_rows, rows_ref
 from ._losses import LossStats, Reduction, mean_of
 
 
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return an fp32 gradient times a scalar in ``dtype``, rounded once: of a head's it is the largest tensor there is.
+
+    One pass, where a product and a cast would be two and hold another fp32 gradient between them.
+    """
+    if torch.compiler.is_compiling():  # which makes one pass of the two, and has no outputs of another dtype
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
 class _Total(torch.autograd.Function):
     """The sum of the losses; its gradient is made with it, and backward multiplies it by a scalar."""
 
@@ -62,7 +72,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, dtotal: torch.Tensor, *_: torch.Tensor | None) -> Any:
-        grads = (None if g is None else (g * dtotal).to(ctx.dtype) for g in ctx.saved_tensors)
+        grads = (None if g is None else _scaled(g, dtotal, ctx.dtype) for g in ctx.saved_tensors)
         return *grads, None, None, None, None
 
 

@@ -11,7 +11,7 @@ CASES = [
     pytest.param(1, 2, 2, 64, 16, 5, id="one-block"),
     pytest.param(2, 6, 2, 200, 24, 137, id="grouped-ragged"),
     pytest.param(1, 4, 1, 320, 64, 320, id="full"),
-    pytest.param(1, 2, 1, 96, 256, 90, id="wide-heads"),
+    pytest.param(4, 8, 2, 96, 256, 90, id="wide-heads"),
 ]
 
 

@@ -139,9 +139,10 @@ class ImageReader:
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
             if isinstance(error, DataError):
                 raise
+            # Of a file that it does not know Pillow says only where in memory it lies.
+            reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
             raise DataError(
-                f"the image {name} is corrupt or of an unknown format ({_one_line(error)}); replace it or drop the "
-                "sample."
+                f"the image {name} is corrupt or of an unknown format{reason}; replace it or drop the sample."
             ) from error
         return image
 

@@ -107,7 +107,7 @@ def test_an_animation_gives_its_first_frame_and_says_so_once(caplog):
         ("missing/file.png", "missing/file.png"),
         ("a\0b", "cannot be read"),
         (b"", "empty"),
-        (b"not an image", "corrupt"),
+        (b"not an image", r"corrupt or of an unknown format; replace"),
         ("data:image/png;base64,@@@", "base64"),
         ("data:text/plain,hello", "data URI"),
         ("file:///etc/passwd", "'file'"),

@@ -10,8 +10,7 @@ from torch import nn
 
 from fvlm_core.fused.adapted import adapted, why_unfused
 from fvlm_core.graphs.state import linear_layers
-
-_CAPTURING = "transformers.utils.output_capturing"
+from fvlm_core.hooks import forward_hooks, hooks_act
 
 
 def _modules(language: nn.Module) -> list[nn.Module]:
@@ -29,12 +28,8 @@ def _modules(language: nn.Module) -> list[nn.Module]:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Tell whether a module's call does more than its forward.
-
-    What transformers leaves behind after a call that returned hidden states or attentions does nothing in other calls.
-    """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks)
+    """Tell whether a module's call does more than its forward."""
+    return hooks_act(forward_hooks(module))
 
 
 def _is_trained_itself(linear: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fvlm_core.fused.adapted import Adapted, adapted
+from fvlm_core.hooks import hooks_act, hooks_inside
 
 
 def linear_layers(module: nn.Module) -> list[nn.Module]:
@@ -43,14 +44,16 @@ class LayerState:
         biases = [one.layer.bias for one in self.adapted if one is not None and one.layer.bias is not None]
         adapters = [p for one in self.adapted if one is not None for p in (one.layer.a, one.layer.b) if p is not None]
         self.trained = [p for p in (*adapters, *biases, *others) if p.requires_grad]
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+        self._hooks = hooks_inside(module)
         dropped = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
-        self.recordable = None not in self.adapted and not hooked and not dropped
+        self.recordable = None not in self.adapted and not hooks_act(self._hooks) and not dropped
 
     def holds(self) -> bool:
-        """Whether nothing has changed."""
-        return all(one is not None and one.holds() for one in self.adapted) and all(
-            p.requires_grad is flag and p.data_ptr() == place for p, flag, place in self._others
+        """Whether nothing has changed, and no hook acts that a replay would leave out."""
+        return (
+            not hooks_act(self._hooks)
+            and all(one is not None and one.holds() for one in self.adapted)
+            and all(p.requires_grad is flag and p.data_ptr() == place for p, flag, place in self._others)
         )
 
     def pairs(self) -> Iterator[tuple[nn.Module, Adapted]]:

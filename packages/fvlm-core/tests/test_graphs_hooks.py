@@ -1,0 +1,71 @@
+"""Recorded layers and hooks on them: a replay would not call them, so what they act on is run as it is."""
+
+import copy
+
+import pytest
+import torch
+from fused_tools import adapted_model, assert_equal_step, make_batch, recorded, step, without_mask
+
+from fvlm_core.checkpointing import apply_checkpointing, use_graphs
+from fvlm_core.fused import fuse_model
+
+
+@pytest.fixture(scope="module")
+def fused(tiny):
+    model = adapted_model(tiny("qwen2_vl"))
+    fuse_model(model)
+    return model
+
+
+@pytest.fixture
+def model(fused):
+    return copy.deepcopy(fused)
+
+
+def test_hooks_on_a_layer_are_called(model):
+    batch = without_mask(make_batch(model.config))
+    graphs = recorded(model)
+    seen = []
+    model.base_model.model.model.language_model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        step(model, batch)
+    assert len(seen) >= 3  # every time
+    assert graphs.recorded == 3  # the other layers
+
+
+def test_a_layer_is_not_replayed_while_a_later_hook_is_on_it(model):
+    batch = without_mask(make_batch(model.config))
+    graphs = recorded(model)
+    before = [step(model, batch) for _ in range(3)][-1]
+    mlp = model.base_model.model.model.language_model.layers[0].mlp
+    handle, replayed = mlp.register_forward_hook(lambda module, args, output: output * 0.5), graphs.replayed
+    assert not torch.equal(step(model, batch)[0], before[0])
+    assert graphs.replayed == replayed + graphs.recorded - 1
+    handle.remove()
+    assert_equal_step(step(model, batch), before)
+    assert graphs.replayed == replayed + 2 * graphs.recorded - 1
+
+
+def test_hidden_states_asked_for_between_two_steps(model):
+    """Transformers collects them by hooks, and leaves those behind."""
+    batch = without_mask(make_batch(model.config))
+    graphs = recorded(model)
+    before = [step(model, batch) for _ in range(3)][-1]
+    language = model.base_model.model.model.language_model
+    language.config.output_hidden_states = True
+    found = model(**batch).hidden_states
+    use_graphs(model, None)
+    wanted = model(**batch).hidden_states
+    language.config.output_hidden_states = False
+    assert len(found) == len(wanted) == len(language.layers) + 1
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    use_graphs(model, graphs)
+    assert apply_checkpointing(model, True) is True
+    made, replayed = graphs.recorded, graphs.replayed
+    assert_equal_step(step(model, batch), before)
+    assert (graphs.recorded, graphs.replayed) == (made, replayed + made)
+    fresh = recorded(model)
+    for _ in range(2):
+        step(model, batch)
+    assert fresh.recorded == made

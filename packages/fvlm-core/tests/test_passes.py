@@ -87,6 +87,18 @@ def test_short_attention_is_computed_again(tiny, monkeypatch):
     assert first.calls == 0
 
 
+def test_a_frozen_tower_keeps_nothing(tiny, monkeypatch):
+    model = adapted_model(tiny("qwen2_vl"), targets=("language",))
+    fuse_model(model)
+    first = Counter(passes.attention_with_residuals)
+    monkeypatch.setattr(passes, "attention_with_residuals", first)
+    graphs = recorded(model, "offload", keep_attention_from=1)
+    for _ in range(3):
+        step(model, batches(model)[0])
+    assert graphs.replayed > 0
+    assert first.calls == 0
+
+
 @pytest.mark.parametrize("family", ["gemma3", "pixtral", "mllama"])
 def test_towers_of_other_families(tiny, family):
     model = adapted_model(tiny(family), targets=TRAINED)

@@ -131,6 +131,30 @@ def test_states_that_are_left_to_transformers(tiny):
     assert "its layers are not fused" in answer(model).left
 
 
+def test_calls_within_inference_mode_and_outside_of_it(tiny):
+    folder = tiny("qwen2_vl")
+    model = fast(adapted_model(folder, targets=("language",)).eval())
+    batch = prompts(folder, (1, 0))
+    wanted = type(model.get_base_model()).generate(model.get_base_model(), **batch, **GREEDY)
+    for inside in (True, False, True, False):
+        with torch.inference_mode(inside):
+            assert torch.equal(model.generate(**batch, **GREEDY), wanted)
+    assert (decoding_report(model).recorded, decoding_report(model).recordings) == (4, 2)
+
+
+def test_a_model_that_left_the_gpu_is_left_to_transformers(tiny):
+    """A CUDA graph of work on a CPU is empty: replaying it would leave the old logits."""
+    from fvlm_core.decoding import engine
+
+    folder = tiny("qwen2_vl")
+    model = fast(adapted_model(folder, targets=("language",)).eval())
+    inner, batch = model.get_base_model(), prompts(folder, (1,))
+    vars(inner)[engine._DECODER] = engine.Decoder(inner, rehearse=False)  # as if enabled where it was on a GPU
+    rows = model.generate(**batch, **GREEDY)
+    assert torch.equal(rows, type(inner).generate(inner, **batch, **GREEDY))
+    assert list(decoding_report(model).left) == ["the model is not on a CUDA device"]
+
+
 def test_a_fully_finetuned_model_too(tiny):
     from fvlm_core import load_model
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _DECODER = "_fvlm_decoder"
 _MOST_SLOTS = 4
-"""How many batch sizes (and dtypes) are kept recorded; the one that was not used for longest goes first."""
+"""How many batch sizes (and dtypes, and modes) are kept recorded; the one that was not used for longest goes first."""
 _FIRST_ROOM = 2048
 """Tokens behind the prompt that the first memory is for; a longer answer gets more when it comes so far."""
 
@@ -62,7 +62,7 @@ class DecodingReport:
 
 @dataclass
 class _Slot:
-    """What belongs to one batch size and dtype."""
+    """What belongs to one batch size, dtype and mode of inference."""
 
     cache: FixedCache
     step: DecodingStep
@@ -81,7 +81,7 @@ class Decoder:
         self._model, self._rehearse = model, rehearse
         self._state: ModelState | None = None
         self._slots: OrderedDict[tuple[Any, ...], _Slot] = OrderedDict()
-        self._recorder: Recorder | None = None
+        self._recorders: dict[torch.device, Recorder] = {}
         self.report = DecodingReport()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
@@ -95,7 +95,11 @@ class Decoder:
 
     def unfit(self, arguments: Mapping[str, Any]) -> str | None:
         """Say why a call with these arguments is left to transformers, or None."""
-        reason = call_unfit(self._model, arguments) or model_unfit(self._language)
+        reason = (
+            _device_unfit(self._model, self._rehearse)
+            or call_unfit(self._model, arguments)
+            or model_unfit(self._language)
+        )
         if reason is not None:
             return reason
         if self._state is None or not self._state.holds():
@@ -171,7 +175,8 @@ class Decoder:
         """Return the memory for a request, made ready for its prompt."""
         device = request.ids.device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (request.ids.shape[0], device, autocast)
+        # Outside of inference mode torch refuses to write to a tensor that was made in it.
+        key = (request.ids.shape[0], device, autocast, torch.is_inference_mode_enabled())
         capacity = rounded_up(min(longest, request.prompt + _FIRST_ROOM))
         slot = self._slots.pop(key, None)
         if slot is None:
@@ -185,9 +190,13 @@ class Decoder:
         return slot
 
     def _recorder_for(self, device: torch.device) -> Recorder:
-        if self._recorder is None:
-            self._recorder = PlainRecorder() if self._rehearse else CudaRecorder(device)
-        return self._recorder
+        if device not in self._recorders:
+            self._recorders[device] = PlainRecorder() if self._rehearse else CudaRecorder(device)
+        return self._recorders[device]
+
+
+def _device_unfit(model: Any, rehearse: bool) -> str | None:
+    return None if rehearse or model.device.type == "cuda" else "the model is not on a CUDA device"
 
 
 def _request_unfit(request: Request, mask: Any, model_kwargs: Mapping[str, Any]) -> str | None:
@@ -257,8 +266,9 @@ def enable_decoding(model: nn.Module, rehearse: bool = False) -> str | None:
         Why it never will for this model, in which case nothing is changed; else None.
     """
     inner: Any = task_model(model)
-    if not rehearse and inner.device.type != "cuda":
-        return "the model is not on a CUDA device"
+    reason = _device_unfit(inner, rehearse)
+    if reason is not None:
+        return reason
     if _DECODER in vars(inner):
         return None
     reason = decoding_unfit(inner)

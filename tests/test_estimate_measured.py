@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,19 @@ PADDED = {
 """What the script of the rows with `tokens_per_row` padded its batches to: its tokenizer cut the words otherwise."""
 
 
+WARM_UP = {"tokens_per_row": 5, "to_step_10_s": 6}
+"""Key that the rows of a script have → the steps after which it started to measure."""
+
+
 def measured() -> list[dict[str, Any]]:
-    """The rows of FVLM, under the names that the benchmark gives them now."""
+    """The rows of FVLM, under the names that the benchmark gives them now: the newest one of each of its kind."""
     lines = (ROOT / "benchmarks/results/train_step.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     now = {"variant": "stack", "work": "workload", "use_gradient_checkpointing": "mode"}
     rows = [{now.get(key, key): value for key, value in row.items()} for row in rows]
-    return [row for row in rows if row["stack"] == "fvlm" and row["peak_gib"] is not None]
+    ours = [row for row in rows if row["stack"] == "fvlm" and row["peak_gib"] is not None]
+    kinds = ("model", "workload", "mode", "card", "optim")
+    return list({tuple(row[key] for key in kinds): row for row in ours}.values())  # rows are appended
 
 
 def card(name: str) -> Gpu:
@@ -62,7 +69,7 @@ def estimated(row: dict[str, Any], folder: Path) -> Estimate:
     workloads = importlib.import_module("benchmarks.training.workloads")
     work = workloads.WORKLOADS[row["workload"]]
     text = f"""
-model: {{name: {folder}, precision: 4bit, gradient_checkpointing: {row["mode"]}, max_seq_length: 100000}}
+model: {{name: {folder}, precision: 4bit, gradient_checkpointing: {row["mode"]}, max_seq_length: 2048}}
 lora: {{r: 16, alpha: 32}}
 data: {{train: made.jsonl}}
 train:
@@ -73,7 +80,7 @@ train:
     (folder / "run.yaml").write_text(text, encoding="utf-8")
     config = read_config(folder / "run.yaml")
     opened = open_model(str(folder))
-    vars(opened.skeleton)["max_seq_length"] = 100_000
+    vars(opened.skeleton)["max_seq_length"] = 2048  # as both scripts leave it
     from fvlm_cli.data.row import Row
 
     count = 4 * work.batch * work.accumulation  # as many as the benchmark has
@@ -88,6 +95,22 @@ def _as_long(load: Load, tokens: int) -> Load:
     return dataclasses.replace(load, tokens=tokens, learned=load.learned + tokens - load.tokens)
 
 
+def steps_of(found: Estimate) -> list[list[int]]:
+    """Return the length of each batch of each step in the data."""
+    rows, train = found.loads, found.config.train
+    lengths = [max(row.tokens for row in rows[i : i + found.batch]) for i in range(0, len(rows), found.batch)]
+    each = train.gradient_accumulation_steps
+    return [lengths[i : i + each] for i in range(0, len(lengths), each)]
+
+
+def still_records(found: Estimate, after: int) -> bool:
+    """Whether texts of new lengths are recorded when so many steps are done, in the order that the data come in."""
+    steps = steps_of(found)
+    done = [length for number in range(after) for length in steps[number % len(steps)]]
+    come = Counter(-(-length // 64) * 64 for length in done)
+    return any(come[-(-length // 64) * 64] < 2 for step in steps for length in step)
+
+
 @pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['model']}-{row['workload']}-{row['mode']}")
 def test_the_estimate_is_near_what_was_measured(row: dict[str, Any], folder: Any) -> None:
     found = estimated(row, folder(row["model"]))
@@ -95,5 +118,8 @@ def test_the_estimate_is_near_what_was_measured(row: dict[str, Any], folder: Any
         assert found.loads[0].tokens == row["tokens_per_row"]
         assert found.batch * found.typical.patches == row["patches_per_batch"]
     gpu = card(row["card"])
-    assert found.peak_on(gpu) / 2**30 == pytest.approx(row["peak_gib"], rel=MEMORY)
+    (after,) = (steps for key, steps in WARM_UP.items() if key in row)
+    memory = found.memory_on(gpu)
+    peak = memory.settling if still_records(found, after) else memory.settled
+    assert peak / 2**30 == pytest.approx(row["peak_gib"], rel=MEMORY)
     assert found.step_on(gpu).seconds == pytest.approx(row["step_s"], rel=TIME)

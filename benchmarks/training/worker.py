@@ -59,6 +59,7 @@ def train(options: argparse.Namespace) -> dict[str, object]:
         "step_s": statistics.median(steps),
         "tokens_s": tokens / statistics.median(steps),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
         "import_s": imported,
         "load_s": loaded,
         "to_step_10_s": ends[9] - STARTED if len(ends) > 9 else None,

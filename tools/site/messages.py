@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fvlm_core import errors
@@ -28,7 +29,8 @@ def kinds() -> dict[str, type[errors.FvlmError]]:
     return {n: k for n, k in found.items() if issubclass(k, errors.FvlmError) and k is not errors.FvlmError}
 
 
-def messages() -> list[Message]:
+@cache
+def messages() -> tuple[Message, ...]:
     """Return the sentences of all packages, sorted by class, module and text."""
     names = set(kinds())
     found: set[Message] = set()
@@ -39,7 +41,7 @@ def messages() -> list[Message]:
         if str(path).endswith(_SENTENCES):
             returned = (node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value)
             found |= {Message("ConfigError", module, text) for node in returned if (text := template(node))}
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 def _raised(tree: ast.Module, names: set[str]) -> Iterator[tuple[str, str]]:

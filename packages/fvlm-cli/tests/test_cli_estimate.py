@@ -12,7 +12,7 @@ from PIL import Image
 
 from fvlm_cli.config.read import read_config
 from fvlm_cli.config.schema import TrainConfig
-from fvlm_cli.estimate.activations import Batch, activations, saved
+from fvlm_cli.estimate.activations import Batch, activations, recorded_sizes, saved
 from fvlm_cli.estimate.gpus import GPUS, find_gpu
 from fvlm_cli.estimate.memory import GIB, Way, optimizer, weights
 from fvlm_cli.estimate.plan import estimate, shapes_of
@@ -205,6 +205,31 @@ def test_a_block_by_hand(tmp_path: Path) -> None:
     # hidden 128, one product for the three, rotated copies of two, a plain MLP of 512, four adapters
     assert saved(vision, 8, fused=True) == 4 * 128 + 4 * 128 + 2 * 128 + 512 + 4 * 8
     assert len(shapes.blocks["vision"]) == len(shapes.blocks["language"]) == 4
+
+
+def test_recordings_are_counted_as_they_are_made() -> None:
+    assert recorded_sizes([500], 64) == [512], "in the second round it comes again"
+    assert recorded_sizes([1030, 1030, 1030, 1030], 64) == [1088], "one length has a recording of just its size"
+    assert recorded_sizes([1030, 1100, 1150, 1040], 64) == [1152], "different ones share the next of eight an octave"
+    assert recorded_sizes([1030, 1100, *[1040] * 9], 64) == [1088, 1152], "and the one that most are of gets its own"
+    assert recorded_sizes([0, 0], 64) == []
+    assert recorded_sizes([5000, 5001], 1) == [5120]
+
+
+def test_what_a_backward_pass_holds_by_hand(tmp_path: Path) -> None:
+    config = config_of(tmp_path, shipped_checkpoint(), "lora.r=8", "model.gradient_checkpointing=offload")
+    shapes, _ = shapes_of(config, opened_of(config))
+    for patches, kept in ((1024, 0), (4096, 1)):  # a patch of the larger image sees enough to keep what attention gave
+        row = Load(500, 100, patches, patches**2, 400_000, 260, 1)
+        found = activations(shapes, Batch.of([row]), "offload", fused=True, rank=8, itemsize=2)
+        # saved, as above; dg, du, the gradients of the output and the MLP's input; three hidden states on their way
+        saves, back = 4 * 192 + 4 * 192 + 2 * 512 + 7 * 8, 2 * 512 + 2 * 192
+        assert found.working["language"] == 2 * 512 * (saves + back + 3 * 192) + found.between
+        # in a plain MLP the activation's gradient becomes that of the pre-activation
+        saves, back = 4 * 128 + 4 * 128 + 2 * 128 + 512 + 4 * 8, 512 + 2 * 128
+        assert found.working["vision"] == 2 * patches * (saves + back + 3 * (1 + kept) * 128)
+        assert found.stages == max(2 * 512 * 4 * 192, 2 * patches * (4 + kept) * 128)
+        assert found.host == 4 * 2 * (512 * 192 + patches * (1 + kept) * 128)
 
 
 def test_the_command_says_what_fits_and_exits_by_it(fvlm, handwriting_run: Path) -> None:

@@ -143,7 +143,7 @@ def _data(found: Estimate, card: Gpu | None, opened: Opened) -> dict[str, Any]:
         data["gpu"] = {
             **asdict(card),
             "fits": found.fits(card),
-            "peak_gib": round(found.peak_on(card) / 2**30, 3),
+            "peak_gib": round(found.memory_on(card).peak / 2**30, 3),
             "largest_batch": found.largest_batch(card),
             "largest_images": found.largest_images(card),
             "step_seconds": step.seconds,

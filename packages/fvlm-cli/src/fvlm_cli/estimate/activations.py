@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,20 +13,18 @@ from fvlm_cli.estimate.workload import Load
 Mode = Literal["none", "recompute", "offload", "auto"]
 MODES: tuple[Mode, ...] = ("none", "recompute", "offload", "auto")
 
-ROUND_TO = 64  # recorded text lengths are multiples of it (fvlm_core.graphs)
-MOST_SHAPES = 16  # recorded shapes that are kept
-STAGE = 4  # hidden states that recordings hold: input, output, and the gradients of both
+STAGE = 4  # hidden states in the arena of recordings: input, output, and the gradients of both
 IN_FLIGHT = 3  # hidden states outside of recordings: the input, the output, one on its way to the host or back
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch, and the shapes that batches of a run come in.
+    """A batch, and the shapes that batches of a run are recorded in.
 
     Attributes:
         rows: of the batch; they are padded to the longest.
-        lengths: distinct lengths that batches are padded to.
-        patches: distinct numbers of patches that batches have.
+        lengths: of text that recordings are made of, ascending.
+        patches: the same of numbers of patches.
     """
 
     rows: Sequence[Load]
@@ -38,19 +37,62 @@ class Batch:
         size = len(rows)
         groups = [seen[start : start + size] for start in range(0, len(seen), size)]
         batches = [group for group in groups if len(group) == size] or [rows]
-        lengths = {_rounded(max(row.tokens for row in group)) for group in batches}
-        patches = {sum(row.patches for row in group) for group in batches}
-        return cls(rows, sorted(lengths)[-MOST_SHAPES:], sorted(patches)[-MOST_SHAPES:])
+        lengths = [max(row.tokens for row in group) for group in batches]
+        patches = [sum(row.patches for row in group) for group in batches]
+        return cls(rows, recorded_sizes(lengths, _text_step()), recorded_sizes(patches, 1))
 
     def tokens(self, recorded: bool) -> dict[str, int]:
-        """Return the tokens of each tower, padding included."""
-        length = max(row.tokens for row in self.rows)
-        length = _rounded(length) if recorded else length
-        return {"language": len(self.rows) * length, "vision": sum(row.patches for row in self.rows)}
+        """Return the tokens of each tower, padding included; `recorded`: that of recordings too."""
+        length, patches = max(row.tokens for row in self.rows), sum(row.patches for row in self.rows)
+        if recorded:
+            length, patches = _room_for(length, self.lengths), _room_for(patches, self.patches)
+        return {"language": len(self.rows) * length, "vision": patches}
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether images are large enough that offloading keeps what their attention gave (`fvlm_core.passes`)."""
+        from fvlm_core.passes import KEEP_FROM
+
+        patches = sum(row.patches for row in self.rows)
+        return patches > 0 and sum(row.spans for row in self.rows) >= KEEP_FROM * patches
 
 
-def _rounded(length: int) -> int:
-    return -(-length // ROUND_TO) * ROUND_TO
+def _text_step() -> int:
+    from fvlm_core.graphs.fit import STEP
+
+    return STEP
+
+
+def recorded_sizes(sizes: Sequence[int], step: int) -> list[int]:
+    """Return which sizes recordings are made of, as `fvlm_core.graphs.runner` decides, in two rounds over the data.
+
+    Args:
+        sizes: tokens or patches of batches, in order.
+        step: what a recording of just one size is rounded up to.
+    """
+    from fvlm_core.graphs.fit import in_eighths
+    from fvlm_core.graphs.runner import OFTEN
+
+    made: set[int] = set()
+    seen: Counter[int] = Counter()
+    for size in (*sizes, *sizes):
+        close, wide = -(-size // step) * step, in_eighths(size)
+        if size == 0 or close in made:
+            continue
+        seen.update({close, wide})
+        often = 2 * seen[close] > seen[wide]
+        if wide in made:
+            if often and seen[close] > OFTEN:
+                made.add(close)
+        elif often and seen[close] > 1:
+            made.add(close)
+        elif seen[wide] > 1:
+            made.add(wide)
+    return sorted(made)
+
+
+def _room_for(size: int, made: Sequence[int]) -> int:
+    return next((length for length in made if length >= size), size)
 
 
 @dataclass(frozen=True)
@@ -59,15 +101,16 @@ class Activations:
 
     Attributes:
         kept: from forward to backward, on the device.
-        working: of the block that needs most while its backward pass runs.
+        working: tower → what its block that needs most takes while its backward pass runs, hidden states on their way
+            included.
         stages: the fixed memory of recordings.
-        passing: hidden states between blocks.
+        passing: the language model's hidden states on their way, when the loss is computed.
         between: what the projector keeps while the language model runs.
         host: pinned host memory.
     """
 
     kept: float
-    working: float
+    working: dict[str, float]
     stages: float
     passing: float
     between: float
@@ -97,29 +140,53 @@ def activations(shapes: Shapes, batch: Batch, mode: Mode, *, fused: bool, rank: 
     recorded = fused and mode != "none"
     tokens = batch.tokens(recorded)
     blocks = flowing(shapes)
-    kept = working = host = widest = 0.0
+    kept = host = passing = 0.0
+    working: dict[str, float] = {}
+    stage: dict[str, float] = {}
     between = _between(shapes, batch, itemsize) if any(tower == "vision" for tower, _ in blocks) else 0.0
     for tower, block in blocks:
         numbers = saved(block, rank, fused) * itemsize
-        passing = block.hidden * tokens[tower] * itemsize
-        widest = max(widest, passing)
-        going_back = ((3 if block.gated else 2) * block.inner + 2 * block.hidden) * tokens[tower] * itemsize
-        beside = between if tower == "language" else 0.0
+        hidden = block.hidden * tokens[tower] * itemsize
+        attended = block.query * tokens[tower] * itemsize if recorded and _kept_beside(tower, batch, mode) else 0.0
+        stage[tower] = max(stage.get(tower, 0.0), STAGE * hidden + attended)
+        flight = (1 if mode in ("none", "recompute") else IN_FLIGHT) * (hidden + attended)
+        passing = flight if tower == "language" else passing
+        going_back = _going_back(block, fused) * tokens[tower] * itemsize
+        need = flight + going_back + (between if tower == "language" else 0.0)
+        if mode in ("recompute", "offload"):  # else what is saved counts as kept
+            need += numbers * tokens[tower]
+        working[tower] = max(working.get(tower, 0.0), need)
         if mode == "none":
             kept += numbers * tokens[tower]
-            working = max(working, going_back + beside)
-            continue
-        working = max(working, numbers * tokens[tower] + going_back + beside)
-        if mode == "recompute":
-            kept += passing
-        elif mode == "auto" and fused:  # each recorded shape keeps for itself, and the output beside
+        elif mode == "recompute":
+            kept += hidden
+        elif mode == "auto":  # each recorded shape keeps for itself, and the output beside
             each = len(batch.rows) * sum(batch.lengths) if tower == "language" else sum(batch.patches)
             kept += (numbers + block.hidden * itemsize) * each
         else:
-            host += passing
-    stages = STAGE * widest if recorded else 0.0
-    flight = 1 if mode in ("none", "recompute") else IN_FLIGHT
-    return Activations(kept, working, stages, flight * widest, between, host)
+            host += hidden + attended
+    # All recordings take their places from one arena, of the size of the largest (`fvlm_core.graphs.stage.Arena`).
+    stages = max(stage.values(), default=0.0) if recorded else 0.0
+    return Activations(kept, working, stages, passing, between, host)
+
+
+def _kept_beside(tower: str, batch: Batch, mode: Mode) -> bool:
+    """Whether the result of attention goes to the host beside a block's input, instead of being computed again.
+
+    Not in the language models: their queries have more heads than their keys, which `fvlm_core.passes` leaves alone.
+    """
+    return mode == "offload" and tower == "vision" and batch.keeps_attention
+
+
+def _going_back(block: Block, fused: bool) -> int:
+    """Return the numbers a token that the backward pass through a block's MLP, its widest part, holds at once.
+
+    The gradient of the hidden activation, and those of both pre-activations; the gradients of the block's output and
+    of the MLP's input. Fused, the gradient of the first pre-activation takes the place of that of the activation, which
+    itself is gone before (`fvlm_kernels.lora_mlp`).
+    """
+    inner = (2 if block.gated else 1) + (0 if fused else 1)
+    return inner * block.inner + 2 * block.hidden
 
 
 def _between(shapes: Shapes, batch: Batch, itemsize: int) -> float:

@@ -44,11 +44,11 @@ class Memory:
         inputs: pixels and token ids of a step's batches.
         stages: the fixed memory of recordings.
         workspaces: of cuBLAS.
-        passing: hidden states between blocks.
         kept: activations kept from forward to backward.
-        working: of the part of the step that needs most beside what is kept: a block's recomputation and backward.
+        working: of the block that needs most beside what is kept: its recomputation and backward, dequantized weights,
+            hidden states on their way.
+        language: the same of the language model's blocks alone.
         logits: the same for the loss; the larger of the two counts.
-        buffers: dequantized weights.
         host: pinned host memory, beside the device's.
         recorded: whether `working` is the memory of recordings, which nothing else can use.
     """
@@ -61,23 +61,35 @@ class Memory:
     inputs: float = 0.0
     stages: float = 0.0
     workspaces: float = 0.0
-    passing: float = 0.0
     kept: float = 0.0
     working: float = 0.0
+    language: float = 0.0
     logits: float = 0.0
-    buffers: float = 0.0
     host: float = 0.0
     recorded: bool = False
 
     @property
     def _standing(self) -> float:
         state = self.weights + self.adapters + self.copies + self.gradients + self.optimizer
-        return state + self.inputs + self.stages + self.workspaces + self.passing + self.kept + self.buffers
+        return state + self.inputs + self.stages + self.workspaces + self.kept
 
     @property
     def peak(self) -> float:
         """What PyTorch's allocator reports as its maximum."""
         return self._standing + max(self.working, self.logits)
+
+    @property
+    def settled(self) -> float:
+        """The same once nothing new is recorded.
+
+        What recordings work in is theirs by then: reserved, in the allocator's words, and no longer allocated.
+        """
+        return self._standing + self.logits if self.recorded else self.peak
+
+    @property
+    def settling(self) -> float:
+        """The same while texts of new lengths are still recorded."""
+        return max(self.settled, self._standing + self.language)
 
     @property
     def needed(self) -> float:
@@ -87,7 +99,9 @@ class Memory:
 
     def as_data(self) -> dict[str, float]:
         """Return the parts in GiB."""
-        found = {name: round(value / GIB, 3) for name, value in asdict(self).items() if name != "recorded"}
+        found = {
+            name: round(value / GIB, 3) for name, value in asdict(self).items() if name not in ("recorded", "language")
+        }
         return {**found, "peak": round(self.peak / GIB, 3), "needed": round(self.needed / GIB, 3)}
 
 
@@ -126,7 +140,7 @@ def memory(shapes: Shapes, batch: Batch, way: Way) -> Memory:
     trained_bytes = itemsize if held == "full" else 4  # adapters are fp32, whatever the base is in
     adapters = 0.0 if held == "full" else shapes.trained * 4.0
     flat = fused and held != "full" and way.optim.lower().startswith(_FLAT)
-    quantized = held in ("4bit", "8bit")
+    dequantized = float(shapes.largest * itemsize) if held in ("4bit", "8bit") else 0.0
     return Memory(
         weights=weights(shapes, held, itemsize),
         adapters=adapters,
@@ -136,11 +150,10 @@ def memory(shapes: Shapes, batch: Batch, way: Way) -> Memory:
         inputs=_inputs(batch, way),
         stages=found.stages,
         workspaces=float(WORKSPACES),
-        passing=found.passing,
         kept=found.kept,
-        working=found.working,
-        logits=logits(shapes, batch, fused=fused, itemsize=itemsize) + found.between,
-        buffers=shapes.largest * itemsize if quantized else 0.0,
+        working=max(found.working.values(), default=0.0) + dequantized,
+        language=found.working.get("language", 0.0) + dequantized,
+        logits=logits(shapes, batch, fused=fused, itemsize=itemsize) + found.between + found.passing,
         host=found.host,
         recorded=recorded,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fvlm_cli.config.schema import TrainConfig
@@ -79,15 +79,15 @@ class Estimate:
         """Return what a batch cannot do without: with `"auto"`, which keeps what there is room for, nothing is kept."""
         return self.memory_of(batch, mode="offload" if self.mode == "auto" else None, load=load)
 
-    def peak_on(self, gpu: Gpu) -> float:
-        """Return the bytes that PyTorch's allocator has at most on a card.
+    def memory_on(self, gpu: Gpu) -> Memory:
+        """Return the memory on a card, which decides how much `"auto"` keeps.
 
-        `"auto"` keeps no more than leaves a tenth of the card and one GiB free (`fvlm_core.graphs.room`).
+        It keeps no more than leaves a tenth of the card and one GiB free (`fvlm_core.graphs.room`).
         """
         if self.mode != "auto":
-            return self.memory.peak
-        room = (1 - SPARE_SHARE) * gpu.memory * GIB - SPARE - RESERVE
-        return max(min(self.memory.peak, room), self.least(self.batch).peak)
+            return self.memory
+        over = self.memory.peak - ((1 - SPARE_SHARE) * gpu.memory * GIB - SPARE - RESERVE)
+        return replace(self.memory, kept=max(0.0, self.memory.kept - max(0.0, over)))
 
     def fits(self, gpu: Gpu) -> bool:
         """Tell whether the config's batch fits on a card."""

@@ -89,10 +89,13 @@ def _work(shapes: Shapes, rows: Sequence[Load], way: Way, recomputes: bool) -> _
         attention = _attention(shapes, rows, part)
         share = _share(shapes, blocks, part)
         again = share if recomputes and part in ("vision", "language") else 0.0
+        left_out = _left_out(blocks, part) if again and way.fused else 0
+        attended = 0.0 if _comes_back(rows, part, way) else again
         # Backward: a product for the gradient of a layer's input, another for that of its weight; four of attention's.
         work.products += 2.0 * weights * units * (1 + share + again + (share if way.held == "full" else 0.0))
-        work.attention += attention * (1 + 2 * share + again)
-        work.attention_at_speed += attention * (1 + 2.5 * share + again)
+        work.products -= 2.0 * left_out * units
+        work.attention += attention * (1 + 2 * share + attended)
+        work.attention_at_speed += attention * (1 + 2.5 * share + attended)
         if way.held != "full":
             work.products += 2.0 * shapes.trainable.get(part, 0) * units * (3 + (again > 0))
     passes = 3 if recomputes else 2
@@ -100,6 +103,16 @@ def _work(shapes: Shapes, rows: Sequence[Load], way: Way, recomputes: bool) -> _
         work.moved += shapes.quantizable * _BYTES_DEQUANTIZED * passes
     work.moved += _traffic(shapes, Batch.of(rows), way, passes)
     return work
+
+
+def _left_out(blocks: Sequence[tuple[str, Block]], part: str) -> int:
+    """Return the weights of the last products of a part's blocks, which a recomputation leaves out (`lora_mlp`)."""
+    return sum(block.inner * block.hidden for tower, block in blocks if tower == part)
+
+
+def _comes_back(rows: Sequence[Load], part: str, way: Way) -> bool:
+    """Whether what attention gave comes back from the host instead of being computed again."""
+    return part == "vision" and way.fused and way.mode == "offload" and Batch(rows, (), ()).keeps_attention
 
 
 def _traffic(shapes: Shapes, batch: Batch, way: Way, passes: int) -> float:

@@ -31,7 +31,7 @@ MOST_STAGES = 32
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
 _MOST_SEEN = 1024
 """How many shapes are remembered of a layer that came and were not recorded."""
-_OFTEN = 8
+OFTEN = 8
 """How often a shape comes in a longer recording before it may get one of its own."""
 _FIRST_GUESS = 1 << 28
 """Bytes that the first layer of a kind is taken to keep, before one is recorded."""
@@ -138,7 +138,7 @@ class LayerGraphs:
         """Count a call that runs in a longer recording; tell whether its own shape has come to be most of those."""
         seen = self._seen.setdefault(module, Counter())
         seen.update((close, wide))
-        return seen[close] > _OFTEN and 2 * seen[close] > seen[wide]
+        return seen[close] > OFTEN and 2 * seen[close] > seen[wide]
 
     def _worth_recording(self, module: nn.Module, found: list[tuple[Key, Fit]]) -> tuple[Key, Fit] | None:
         """Count a call; return which of the recordings that it fits is to be made now, or None for none.

@@ -114,8 +114,8 @@ data:
   streaming: true
   shuffle_buffer: 3
 train:
-  {per_device_train_batch_size: 1, gradient_accumulation_steps: 1, max_steps: 20, learning_rate: 1e-2,
-   warmup_steps: 0, save_steps: 15, eval_steps: 20}
+  {per_device_train_batch_size: 1, gradient_accumulation_steps: 1, max_steps: 24, learning_rate: 1e-2,
+   warmup_steps: 0, save_steps: 20, eval_steps: 24}
 """
 
 
@@ -126,15 +126,15 @@ def test_a_streamed_run_goes_on_where_it_stopped(fvlm, workplace: Path) -> None:
     done = fvlm("train", "stream.yaml", "save.output_dir=streamed", "--json", cwd=workplace)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
-    assert (record["rows"], record["eval_rows"], record["steps"]) == (None, 2, 20)
+    assert (record["rows"], record["eval_rows"], record["steps"]) == (None, 2, 24)
     assert record["epochs"] > 1  # it went through the stream more than once
 
     shutil.copytree(workplace / "streamed", workplace / "again")
-    shutil.rmtree(workplace / "again/checkpoints/checkpoint-20")
+    shutil.rmtree(workplace / "again/checkpoints/checkpoint-24")
     shutil.rmtree(workplace / "again/adapter")
     done = fvlm("train", "stream.yaml", "save.output_dir=again", "--resume", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "checkpoint-15" in done.stderr
+    assert "checkpoint-20" in done.stderr
 
     def losses(run: str) -> list[float]:
         return [

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import datasets
+from torch.utils.data import IterableDataset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
 
 from fvlm_core.errors import ConfigError, DataError
@@ -87,6 +91,26 @@ class LoadingTrainer(SFTTrainer):
         """
         with errors_of_workers():
             return super().get_batch_samples(*args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Return how many epochs are behind a resumed run, and how many batches of the one that it goes on in.
+
+        Of a stream transformers takes all steps for those of the first epoch, and would begin the second anew.
+        """
+        found: tuple[int, int] = super()._init_training_state(
+            max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
+            return found
+        path = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+        saved = TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
+        if not saved.epoch or saved.epoch <= 1:  # 1 is the end of max_steps, wherever the stream then stood
+            return found
+        epoch, share = divmod(saved.epoch, 1)
+        batches = saved.max_steps * self.args.gradient_accumulation_steps  # what the trainer takes for an epoch's
+        return int(epoch), 0 if self.args.ignore_data_skip else round(share * batches)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict over a dataloader.

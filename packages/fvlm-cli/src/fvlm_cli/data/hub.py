@@ -27,8 +27,6 @@ def iterate_hub(section: SourceSection, streaming: bool) -> Iterator[Row]:
         for number, sample in enumerate(dataset):
             yield Row(dict(sample), f"{name}, row {number}")
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):  # from whoever takes the rows
-            raise
         raise DataError(f"{name}: it cannot be read beyond row {number} ({_reason(error)}).") from error
     if number < 0:
         raise DataError(f"{name}: it holds no rows; name another split.")

@@ -16,7 +16,7 @@ from fvlm_vision.rows import PlacedSample
 
 
 class RowStream(IterableDataset[Any]):
-    """The samples of `data.train`, one after another, in an order that follows from the seed and the epoch alone.
+    """The samples of `data.train`, in an order that follows from the seed, the epoch and the number of workers alone.
 
     Datasets without weights come one after another, those with weights are drawn by them. Each row is then drawn from
     the next `data.shuffle_buffer` ones. Every dataloader worker reads all of the rows and keeps its share of them,

@@ -62,8 +62,8 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> TrainerControl:
         """Ask for a checkpoint and the end; several processes ask after the same step."""
-        self.requested = self._agreed()
-        if self.requested:
+        if self._agreed():
+            self.requested = True  # never the other way: a signal may have come while the processes talked
             control.should_save = True
             control.should_training_stop = True
         return control

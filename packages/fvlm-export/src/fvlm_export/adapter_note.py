@@ -7,6 +7,7 @@ training, and what was trained on. A merge from folders needs the first two to b
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from fvlm_export.base_check import fingerprint
 from fvlm_export.live import look_at
 from fvlm_export.safetensor_file import SafetensorFile
 
+logger = logging.getLogger(__name__)
+
 NOTE = "fvlm_adapter.json"
 
 
@@ -30,7 +33,8 @@ class AdapterNote:
     Attributes:
         base: folder or Hub id of the base.
         base_revision: the Hub revision asked for.
-        base_fingerprint: see :func:`fvlm_export.base_check.fingerprint`; None: the base was not a folder.
+        base_fingerprint: see :func:`fvlm_export.base_check.fingerprint`; None: the base was not a folder, or its files
+            could not be read when the adapter was saved.
         precision: how the base was held: ``4bit``, ``8bit``, ``16bit`` or ``full``.
         dtype: of what was not quantized, and of quantized weights when they are dequantized.
         quantized: the modules whose weights were quantized while loading; empty where the checkpoint itself is.
@@ -72,16 +76,24 @@ def note_of(model: torch.nn.Module) -> AdapterNote:
     origin = origin_of(model)
     if origin is None:
         return AdapterNote()
-    local = Path(origin.source).is_dir()
-    files = [SafetensorFile(path) for path in weight_files(find_source(origin.source))] if local else None
     return AdapterNote(
         base=origin.source,
         base_revision=origin.revision,
-        base_fingerprint=None if files is None else fingerprint(files),
+        base_fingerprint=_print_of(Path(origin.source)),
         precision=origin.precision.value,
         dtype=origin.dtype,
         quantized=[] if origin.source_quantized else sorted(look_at(model).quantized),
     )
+
+
+def _print_of(base: Path) -> str | None:
+    if not base.is_dir():
+        return None
+    try:
+        return fingerprint([SafetensorFile(path) for path in weight_files(find_source(base))])
+    except CheckpointError as error:  # of a variant, or changed since: no reason to lose what was trained over it
+        logger.warning("The adapter's note cannot say which weights its base holds: %s", error)
+        return None
 
 
 def note_training(folder: Path, data: Sequence[str], metrics: Mapping[str, float]) -> None:

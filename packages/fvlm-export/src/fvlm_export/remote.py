@@ -14,16 +14,21 @@ from typing import Protocol
 import httpx
 import torch
 from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    SafetensorsParsingError,
+)
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status
 
 from fvlm_core.checkpoint import Source, weight_files
 from fvlm_core.errors import CheckpointError
-from fvlm_export.retry import patiently
+from fvlm_export.retry import cause_of, patiently, status_of
 from fvlm_export.safetensor_file import Buffers, SafetensorFile, TensorInfo, torch_dtype
 
-_ERRORS = (HfHubHTTPError, httpx.HTTPError)
+_ERRORS = (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -106,7 +111,7 @@ class RemoteShard:
                 ),
                 _ERRORS,
             )
-        except (*_ERRORS, LocalEntryNotFoundError) as error:
+        except _ERRORS as error:
             raise _unreachable(source, name, error) from None
         return Path(path)
 
@@ -181,8 +186,10 @@ def open_shards(source: Source, folder: Path) -> Sequence[Shard]:
 
 
 def _unreachable(source: Source, name: str, error: Exception) -> CheckpointError:
-    status = f"status {error.response.status_code}" if isinstance(error, HfHubHTTPError) else type(error).__name__
+    cause = cause_of(error)
+    status = status_of(cause)
+    what = type(cause).__name__ if status is None else f"status {status}"
     return CheckpointError(
-        f"{name} of {source.name!r} cannot be had from the Hub ({status}): check the name, the revision, the network "
+        f"{name} of {source.name!r} cannot be had from the Hub ({what}): check the name, the revision, the network "
         "and the token."
     )

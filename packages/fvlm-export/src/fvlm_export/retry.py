@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def patiently(request: Callable[[], T], errors: tuple[type[Exception], ...]) -> 
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return what an upload thread's wrapper hides."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+    """Return what an upload thread's wrapper hides, or that of a download, which calls every failure a missing file."""
+    while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -55,4 +55,6 @@ def _passing(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return status == 429 or status >= 500
+    if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError, and asked for
+        return False
     return isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError))

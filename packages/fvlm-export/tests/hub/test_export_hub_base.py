@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fvlm_core.checkpoint import find_source
 from fvlm_core.errors import CheckpointError
 from fvlm_core.load import load_model
 from fvlm_core.precision import Precision
@@ -167,11 +168,19 @@ def test_an_adapter_that_names_its_hub_base(
     assert not (out / ".base").exists()
 
 
-def test_a_base_that_cannot_be_had(hub: Any, tools: Any, adapter: Path, tmp_path: Path, cold_cache: Path) -> None:
+def test_a_base_that_cannot_be_had(
+    hub: Any, tools: Any, adapter: Path, tmp_path: Path, cold_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(hub, tools, tmp_path)
     with pytest.raises(CheckpointError, match="'me/other'"):
         save_pretrained_merged(adapter, tmp_path / "out", base="me/other", progress=False)
-    hub.fail("GET", r"resolve/[^/]+/model-00003", 403, times=1000)
-    with pytest.raises(CheckpointError, match=r"model-00003.* of 'me/base' cannot be had from the Hub \(status 403\)"):
-        save_pretrained_merged(adapter, tmp_path / "out", base="me/base", progress=False)
+    source = find_source("me/base")  # its config is in the cache now
+    for method, shard in (("HEAD", "model-00002"), ("GET", "model-00003")):
+        hub.fail(method, rf"resolve/[^/]+/{shard}", 403, times=1000)
+        with pytest.raises(CheckpointError, match=rf"{shard}.* of 'me/base' cannot be had from the Hub \(status 403\)"):
+            save_pretrained_merged(adapter, tmp_path / "out", base="me/base", progress=False)
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("fvlm_export.retry.time.sleep", lambda seconds: pytest.fail("nobody comes back from offline"))
+    with pytest.raises(CheckpointError, match=r"cannot be had from the Hub \(OfflineModeIsEnabled\)"):
+        RemoteShard(source, "model-00001-of-00009.safetensors", tmp_path)

@@ -92,6 +92,20 @@ def test_merge_gives_what_the_run_merged(fvlm, trained: dict[str, Any], workplac
         assert (tensor - other[name]).abs().max() <= 1e-6 * other[name].abs().max().clamp(min=1), name
 
 
+def test_cards_say_what_was_trained_on_and_how_well(fvlm, trained: dict[str, Any], workplace: Path) -> None:
+    note = json.loads((workplace / "run/adapter/fvlm_adapter.json").read_text())
+    assert note["data"] == ["train.jsonl"]
+    assert note["metrics"] == {name: trained[name] for name in ("train_loss", "eval_loss")}
+    assert note["base_fingerprint"], "what saving noted is still there"
+    done = fvlm("merge", trained["adapter_dir"], "--output", "merged-for-its-card", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    for folder in ("merged-for-its-card", "run/merged"):
+        card = (workplace / folder / "README.md").read_text()
+        assert "Trained on: `train.jsonl`." in card
+        assert f"| eval loss | {trained['eval_loss']:.6g} |" in card.replace("eval_loss", "eval loss")
+        assert str(workplace) not in card
+
+
 def test_ctrl_c_saves_a_checkpoint_and_resume_gives_the_same_losses(
     fvlm, fvlm_command: list[str], trained: dict[str, Any], workplace: Path
 ) -> None:

@@ -54,6 +54,11 @@ class Source:
         known = self.path.suffix.lower() in READERS
         return not known and not self.path.exists() and _HUB_ID.fullmatch(self.section.path) is not None
 
+    @property
+    def name(self) -> str:
+        """What it is called where its place on this machine tells nothing: the Hub's id, or a file's own name."""
+        return self.section.path if self.on_hub else self.path.resolve().name
+
     def rows(self, *, streaming: bool = False) -> Iterator[Unchecked]:
         """Yield its rows.
 

@@ -11,6 +11,7 @@ from fvlm_cli.bars import track
 from fvlm_cli.config.schema import TrainConfig
 from fvlm_cli.data.read import read_data
 from fvlm_cli.data.row import Row, locate
+from fvlm_cli.data.sources import sources_of
 from fvlm_cli.generate.load import quiet_libraries
 from fvlm_cli.output import Output
 from fvlm_cli.training.reporting import check_reporting
@@ -76,6 +77,8 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         if folder.writes:
             record |= _save(config, folder, model, processor, out)
         record |= answers.take("after")
+        if folder.writes:
+            record |= _tell(config, folder, model, processor, record, out)
         record["status"] = "finished"
     record["seconds"] = round(time.monotonic() - start, 3)
     folder.write_record(record)
@@ -150,25 +153,52 @@ def _losses(history: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _save(config: TrainConfig, folder: RunFolder, model: Any, processor: Any, out: Output) -> dict[str, Any]:
-    """Save what was trained, and merge it where the config asks for that; return the record's part about it."""
+    """Save what was trained; return the record's part about it."""
     full = config.model.precision == "full"
     final = folder.model if full else folder.adapter
     with whole(final) as partial:
         model.save_pretrained(str(partial))
         processor.save_pretrained(str(partial))
-    saved: dict[str, Any] = {"model_dir" if full else "adapter_dir": str(final), "merged_dir": None}
     out.note(f"saved {final}")
-    if config.save.merge is not None:
-        out.note(f"merging into {folder.merged}")
-        model.save_pretrained_merged(
-            folder.merged,
-            processor,
-            save_method=config.save.merge,
-            progress=out.interactive,
-            overwrite=True,  # prepare() has settled that; a resumed run replaces what it left before
-        )
-        saved["merged_dir"] = str(folder.merged)
-    return saved
+    return {"model_dir" if full else "adapter_dir": str(final), "merged_dir": None}
+
+
+def _tell(
+    config: TrainConfig, folder: RunFolder, model: Any, processor: Any, record: dict[str, Any], out: Output
+) -> dict[str, Any]:
+    """Note beside the adapter what it was trained on and how well, for the cards of what is made of it; merge it.
+
+    Args:
+        config: of the run.
+        folder: where the adapter was saved.
+        model: as it was saved.
+        processor: its processor.
+        record: with the run's losses and the scores of its answers.
+        out: told what is going on.
+
+    Returns:
+        The record's part about the merge, which is empty where the config asks for none.
+    """
+    from fvlm_export import note_training
+
+    data = [source.name for source in sources_of(config.data, config.data.train, "data.train")]
+    metrics = {name: record[name] for name in ("train_loss", "eval_loss") if record[name] is not None}
+    metrics |= record.get("answers_after", {})
+    if config.model.precision != "full":
+        note_training(folder.adapter, data, metrics)
+    if config.save.merge is None:
+        return {}
+    out.note(f"merging into {folder.merged}")
+    model.save_pretrained_merged(
+        folder.merged,
+        processor,
+        save_method=config.save.merge,
+        data=data,
+        metrics=metrics,
+        progress=out.interactive,
+        overwrite=True,  # prepare() has settled that; a resumed run replaces what it left before
+    )
+    return {"merged_dir": str(folder.merged)}
 
 
 def _push(config: TrainConfig, folder: RunFolder, out: Output) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -131,6 +132,53 @@ def test_the_process_that_failed_speaks_and_none_is_left(
     assert launch.launch(2, [], Output()) == code
     assert time.monotonic() - begun < 30
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("cause", [signal.SIGTERM, signal.SIGHUP, None])
+def test_none_is_left_when_not_all_can_be_started(
+    cause: signal.Signals | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fvlm_cli.output import Output
+    from fvlm_cli.training import launch
+
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(rank: int, *given: object) -> subprocess.Popen[bytes]:
+        if cause is None and rank == 1:
+            raise OSError(errno.EAGAIN, "too many processes")
+        processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"]))
+        if cause is not None:
+            signal.raise_signal(cause)
+        return processes[-1]
+
+    monkeypatch.setattr(launch, "_start", start)
+    monkeypatch.delenv("RANK", raising=False)
+    # Where the launcher does not listen, the test fails instead of being ended.
+    before = {number: signal.signal(number, lambda number, frame: None) for number in launch._SIGNALS}
+    try:
+        with pytest.raises(OSError if cause is None else KeyboardInterrupt):
+            launch.launch(2, [], Output())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert [process.poll() is not None for process in processes] == [True]
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fvlm_cli.output import Output
+    from fvlm_cli.training import launch
+
+    def start(rank: int, *given: object) -> subprocess.Popen[bytes]:
+        signal.raise_signal(signal.SIGHUP)
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(launch, "_start", start)
+    monkeypatch.delenv("RANK", raising=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch.launch(2, [], Output()) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import IO
 
@@ -21,12 +21,14 @@ from fvlm_core.errors import ConfigError
 _GRACE_S = 5.0
 """How long the others may take to end, or to say what is wrong themselves, after one has failed."""
 _SAID = "fvlm: "
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def launch(count: int, words: Sequence[str], out: Output) -> int:
     """Run ``fvlm WORDS`` in several processes of this machine.
 
-    The first speaks for all; what another says is shown where that one fails. Ctrl-C and SIGTERM are handed on to all.
+    The first speaks for all; what another says is shown where that one fails. Ctrl-C, SIGTERM and
+    SIGHUP are handed on to all.
 
     Args:
         count: how many.
@@ -38,6 +40,7 @@ def launch(count: int, words: Sequence[str], out: Output) -> int:
 
     Raises:
         ConfigError: there are not as many GPUs, or this process is one of several already.
+        KeyboardInterrupt: a signal came before all were started.
     """
     _check(count)
     with socket.socket() as free:
@@ -45,24 +48,34 @@ def launch(count: int, words: Sequence[str], out: Output) -> int:
         port = free.getsockname()[1]
     with ExitStack() as files:
         said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count - 1)]
-        processes = [_start(rank, count, port, words, [None, *said][rank]) for rank in range(count)]
-        failed = _together(processes)
+        processes: list[subprocess.Popen[bytes]] = []
+        with _together(processes) as signals:
+            for rank in range(count):
+                processes.append(_start(rank, count, port, words, [None, *said][rank]))
+                if signals and len(processes) < count:
+                    raise KeyboardInterrupt  # those to come would not have heard it
+            failed = _wait(processes)
         code = _code(processes[failed])
         if failed:
             _tell(failed, code, said[failed - 1], out)
     return code
 
 
-def _together(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for processes, hand signals on to them, and leave none behind; return as `_wait`."""
+@contextmanager
+def _together(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[Sequence[int]]:
+    """Hand signals on to the processes that there are, give those that came, and leave no process behind."""
+    came: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A terminal that closes says so to this process alone; under nohup nobody is to hear it.
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in heard}
     try:
-        return _wait(processes)
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -76,7 +76,7 @@ class LoRALinear:
 
     def _check_base(self) -> torch.Tensor:
         """Check the base alone and return a tensor of it, for its device."""
-        if not isinstance(self.base, torch.Tensor | NF4Weight | Int8Weight):
+        if not isinstance(self.base, (torch.Tensor, NF4Weight, Int8Weight)):  # a tuple, which every Dynamo can trace
             raise TypeError(f"lora: base is a {type(self.base).__name__}; give a tensor, an NF4Weight or an Int8Weight")
         if len(self.base.shape) != 2:
             raise ValueError(f"lora: base has shape {tuple(self.base.shape)}; it must be (out_features, in_features)")

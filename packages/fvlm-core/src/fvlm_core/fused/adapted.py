@@ -38,6 +38,10 @@ class Adapted:
     compute_dtype: torch.dtype | None
     holds: Callable[[], bool]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """None in a copied or pickled module, which reads its own state: ``holds`` watches the one it was made of."""
+        return type(None), ()
+
 
 class _UnfusedError(Exception):
     """Why a layer has no fused form in the state that it is in."""
@@ -116,9 +120,8 @@ def together(modules: Sequence[nn.Module]) -> tuple[list[LoRALinear], torch.dtyp
     """Return layers that one op can compute, and their compute dtype; None where they must be called one by one."""
     found = [adapted(module) for module in modules]
     known = [one for one in found if one is not None]
-    if len(known) < len(found) or any(one.compute_dtype != known[0].compute_dtype for one in known):
-        return None
-    if len({one.layer.a.dtype for one in known if one.layer.a is not None}) > 1:
+    dtypes = {one.layer.a.dtype for one in known if one.layer.a is not None}
+    if len(known) < len(found) or len(dtypes) > 1 or any(one.compute_dtype != known[0].compute_dtype for one in known):
         return None
     return [one.layer for one in known], known[0].compute_dtype
 
@@ -129,15 +132,14 @@ def _adapted(module: nn.Module) -> Adapted:
         return kept
     _check_called_plainly(module)
     base, adapter = _parts(module)
-    weight, bias = base.weight, base.bias
-    quant_state = getattr(weight, "quant_state", None)
+    weight, quant_state = base.weight, getattr(base.weight, "quant_state", None)
     compute_dtype: torch.dtype | None = None
     held: Tensor | NF4Weight
     if quant_state is not None or type(weight).__name__ == "Params4bit":
         compute_dtype, held = _nf4(base, weight, quant_state)
     else:
         held = _plain(weight)
-    layer = LoRALinear(held, adapter.a, adapter.b, adapter.scaling, bias, adapter.dropout)
+    layer = LoRALinear(held, adapter.a, adapter.b, adapter.scaling, base.bias, adapter.dropout)
     made = Adapted(layer, compute_dtype, _watch(module, base, adapter, layer))
     vars(module)[_KEPT] = made
     return made
@@ -262,9 +264,8 @@ def _is_plain_lora(module: nn.Module) -> bool:
 
 def _base(module: nn.Module) -> nn.Module:
     """Return the module if its class is one whose weight is read here."""
-    if type(module) is nn.Linear or f"{type(module).__module__}.{type(module).__name__}" == (
-        "bitsandbytes.nn.modules.Linear4bit"
-    ):
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    if type(module) is nn.Linear or name == "bitsandbytes.nn.modules.Linear4bit":
         return module
     raise _UnfusedError(f"is a {type(module).__name__}")
 

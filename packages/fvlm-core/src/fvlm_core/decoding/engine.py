@@ -88,6 +88,10 @@ class Decoder:
         """A copied model records anew."""
         return Decoder(copy.deepcopy(self._model, memo), self._rehearse)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """None in a pickled model: its layers are no longer fused, and ``generate`` is its class's again."""
+        return type(None), ()
+
     @cached_property
     def _language(self) -> Any:
         """The language model, without its head."""
@@ -211,8 +215,11 @@ def _request_unfit(request: Request, mask: Any, model_kwargs: Mapping[str, Any])
     return None
 
 
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Generate as the model's class does, its loop replaced by recorded steps where that is possible."""
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate as the model's class does, its loop replaced by recorded steps where that is possible.
+
+    Bound to an instance. It has the name of the method that it stands for, so that a pickled model resolves it.
+    """
     stock = type(model).generate
     decoder: Decoder = vars(model)[_DECODER]
     arguments = _by_name(stock, model, args, kwargs)
@@ -269,14 +276,14 @@ def enable_decoding(model: nn.Module, rehearse: bool = False) -> str | None:
     reason = _device_unfit(inner, rehearse)
     if reason is not None:
         return reason
-    if _DECODER in vars(inner):
+    if vars(inner).get(_DECODER) is not None:
         return None
     reason = decoding_unfit(inner)
     if reason is not None:
         logger.info("Decoding stays as transformers has it: %s.", reason)
         return reason
     vars(inner)[_DECODER] = Decoder(inner, rehearse)
-    vars(inner)["generate"] = MethodType(_generate, inner)
+    vars(inner)["generate"] = MethodType(generate, inner)
     return None
 
 

@@ -8,6 +8,7 @@ import torch
 
 from fvlm_kernels import varlen_attention
 from fvlm_kernels.testing import check_against_reference, randn, run_with_gradients
+from fvlm_kernels.varlen_attention import HAS_VARLEN, has_flash
 
 LENGTHS = [[5], [3, 1, 7], [4, 0, 2, 0], [64, 17]]
 
@@ -64,6 +65,15 @@ def test_scale(device):
 def test_flash_at_real_head_sizes(width, device):
     tensors = inputs_of([257, 64, 130], torch.bfloat16, device, heads=16, kv_heads=16, width=width)
     check_against_reference(partial(varlen_attention, max_seqlen=257), masked, tensors, ["q", "k", "v"])
+
+
+@pytest.mark.skipif(not HAS_VARLEN, reason="torch has no varlen_attn before 2.11")
+def test_flash_is_for_cards_that_have_it(monkeypatch):
+    found = {}
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
+        found[capability] = has_flash(torch.device("cuda", 0), torch.float16)
+    assert found == {(7, 5): False, (8, 0): True, (9, 0): True}
 
 
 def test_a_segment_does_not_see_another(device):

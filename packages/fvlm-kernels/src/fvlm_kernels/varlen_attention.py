@@ -8,9 +8,9 @@ Gradients are those of scaled dot-product attention (Dao, FlashAttention-2, 2023
 
 Backends, since nothing here is a kernel of our own:
 
-* ``"flash"``: ``torch.nn.attention.varlen.varlen_attn`` of torch 2.11 or later, on a GPU, in fp16 and bf16: one launch
-  over all segments, no host synchronization when ``max_seqlen`` is given. Forward is deterministic; backward adds up dQ
-  with atomics, so that two runs may differ in the last bits.
+* ``"flash"``: ``torch.nn.attention.varlen.varlen_attn`` of torch 2.11 or later, on a GPU of compute capability 8.0 or
+  higher, in fp16 and bf16: one launch over all segments, no host synchronization when ``max_seqlen`` is given. Forward
+  is deterministic; backward adds up dQ with atomics, so that two runs may differ in the last bits.
 * ``"torch"``: the reference, ``scaled_dot_product_attention`` segment by segment. It reads the lengths on the host.
   Two runs give the same bits where that function's do: not always in 16 bit on a GPU, whose fused forms use atomics in
   backward.
@@ -34,6 +34,8 @@ from ._launch import check_floating, check_same_device, check_same_dtype, check_
 AttentionImpl = Literal["flash", "torch"]
 HAS_VARLEN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_CAPABILITY = (8, 0)
+"""The least compute capability that PyTorch's flash attention takes."""
 MAX_HEAD_DIM = 256
 
 
@@ -71,9 +73,17 @@ def _flash(
     return out
 
 
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether :func:`varlen_attention` has ``"flash"`` on a device in a dtype, for heads that are not too wide."""
+    if not HAS_VARLEN or dtype not in FLASH_DTYPES or device.type != "cuda":
+        return False
+    # Dynamo cannot ask a device.
+    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+
+
 def runs_flash(q: torch.Tensor) -> bool:
     """Tell whether :func:`varlen_attention` has ``"flash"`` for queries ``(…, D)`` of this device, dtype and width."""
-    return HAS_VARLEN and q.is_cuda and q.dtype in FLASH_DTYPES and q.shape[-1] <= MAX_HEAD_DIM
+    return q.shape[-1] <= MAX_HEAD_DIM and has_flash(q.device, q.dtype)
 
 
 def _use_flash(impl: AttentionImpl | None, q: torch.Tensor) -> bool:
@@ -85,8 +95,8 @@ def _use_flash(impl: AttentionImpl | None, q: torch.Tensor) -> bool:
     if impl == "flash" and not possible:
         raise ValueError(
             f'varlen_attention: impl is "flash" with {q.dtype} of {q.shape[-1]} channels on {q.device} and torch'
-            f" {torch.__version__}; it needs fp16 or bf16, at most {MAX_HEAD_DIM} channels, a GPU and torch 2.11, use"
-            ' impl="torch"'
+            f" {torch.__version__}; it needs fp16 or bf16, at most {MAX_HEAD_DIM} channels, a GPU of compute"
+            ' capability 8.0 and torch 2.11, use impl="torch"'
         )
     return impl == "flash"
 

@@ -22,7 +22,7 @@ from fvlm_core.fused import CAUSAL_LAYER
 from fvlm_core.fused.kinds import kind_of
 from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
 from fvlm_core.graphs.stage import Key, can_round_up, describe
-from fvlm_kernels.varlen_attention import FLASH_DTYPES, HAS_VARLEN
+from fvlm_kernels.varlen_attention import has_flash
 
 STEP = 64
 """Lengths are rounded up to a multiple of this at least."""
@@ -118,4 +118,4 @@ def _takes_any_segments(module: Any, hidden: Tensor, dtype: torch.dtype) -> bool
         implementation = module.attn.config._attn_implementation
         if "flash" not in (implementation or ""):
             return False
-    return not hidden.is_cuda or (HAS_VARLEN and dtype in FLASH_DTYPES)
+    return not hidden.is_cuda or has_flash(hidden.device, dtype)

@@ -45,12 +45,23 @@ def write(path: Path, name: str, count: int, **more: Any) -> str:
         ([10, 40], [3, 1], "undersample", None, [10, 3]),
         ([10, 40], [3, 1], "oversample", 20, [15, 5]),
         ([100, 1], [100, 1], "undersample", None, [100, 1]),
+        ([10, 10], [1, 1], "oversample", 3, [1, 2]),
+        ([10, 10, 10], [1, 1, 1], "oversample", 5, [1, 2, 2]),
+        ([10, 40], [1, 3], "oversample", 1, [0, 1]),
     ],
 )
 def test_each_dataset_has_its_share(
     sizes: list[int], weights: list[float], mixing: Any, limit: int | None, expected: list[int]
 ) -> None:
     assert counts(sizes, weights, mixing, limit) == expected
+
+
+@pytest.mark.parametrize("more", [{"split": "test"}, {"subset": "en"}, {"revision": "v1"}])
+def test_what_is_for_the_hub_is_refused_for_a_file(tmp_path: Path, more: dict[str, str]) -> None:
+    path = write(tmp_path / "a.jsonl", "a", 2)
+    ((name, value),) = more.items()
+    with pytest.raises(ConfigError, match=rf"^data.train\[1\].{name} is '{value}', which is for .*a.jsonl is"):
+        read(train=[path, {"path": path, **more}])
 
 
 def test_rows_are_repeated_evenly_and_chosen_by_seed() -> None:

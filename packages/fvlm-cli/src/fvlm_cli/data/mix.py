@@ -24,7 +24,11 @@ def counts(sizes: Sequence[int], weights: Sequence[float], mixing: Mixing, limit
     total = max(whole) if mixing == "oversample" else min(whole)
     if limit is not None:
         total = min(total, limit)
-    return [max(1, round(total * share)) for share in shares]
+    found = [max(1, round(total * share)) for share in shares]
+    while limit is not None and sum(found) > limit:  # what rounding added
+        most = max(range(len(found)), key=lambda number: found[number] - total * shares[number])
+        found[most] -= 1
+    return found
 
 
 def mixed(parts: Sequence[Sequence[Item]], wanted: Sequence[int], seed: int) -> list[Item]:

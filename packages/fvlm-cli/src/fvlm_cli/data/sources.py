@@ -19,6 +19,7 @@ from fvlm_core.errors import ConfigError, DataError
 NAMES = ("messages", "conversations", "prompt", "completion", "images", "image", "videos", "video")
 """The columns that FVLM knows; see `fvlm_vision.samples`."""
 
+_OF_HUB = ("split", "subset", "revision")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -31,7 +32,7 @@ class Source:
         key: where it was written, for messages: `data.train[1]`.
 
     Raises:
-        ConfigError: its columns name what FVLM does not know.
+        ConfigError: its columns name what FVLM does not know, or it is not on the Hub and has a key for that.
     """
 
     def __init__(self, data: DataSection, section: str | SourceSection, key: str) -> None:
@@ -47,6 +48,13 @@ class Source:
             if name not in NAMES:
                 where = "data.columns" if own.columns is None else f"{key}.columns"
                 raise ConfigError(f"{where}: {name} is no column that FVLM knows; {hint(name, NAMES)}")
+        for name in _OF_HUB if not self.on_hub else ():
+            value = own.model_dump()[name]
+            if value != SourceSection.model_fields[name].default:
+                raise ConfigError(
+                    f"{key}.{name} is {value!r}, which is for datasets on the Hub, and {own.path} is taken for a file "
+                    "or folder; leave it out, or check the path."
+                )
 
     @property
     def on_hub(self) -> bool:

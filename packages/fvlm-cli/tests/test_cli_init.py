@@ -44,7 +44,7 @@ def test_every_start_is_a_config_with_every_key(tmp_path: Path, family: str | No
     assert config.data.train == "elsewhere"
     assert config.data.train_on_responses_only is (family is not None)
     if family is not None:
-        assert config.data.response_part == FAMILIES[family].response_part
+        assert (config.data.instruction_part, config.data.response_part) == FAMILIES[family].turns
         assert config.model.name == FAMILIES[family].model
     # With every comment mark taken off the keys, it is still a config, and has all of them.
     whole = []

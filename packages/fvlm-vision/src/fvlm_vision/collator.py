@@ -52,7 +52,7 @@ class FastVisionDataCollator:
         train_on_responses_only: learn only what the assistant says.
         instruction_part, response_part: the text that opens a user and an assistant turn, e.g.
             ``"<|im_start|>user\\n"`` and ``"<|im_start|>assistant\\n"``; None uses the chat template's ``{%
-            generation %}`` marks.
+            generation %}`` marks, else those of the family's templates on the Hub if this one writes them too.
         formatting_func: turns a row of the dataset into one of the accepted sample shapes.
         resize: None or "max" leaves every resolution as it is; an int bounds the longer side; (width, height) is
             exact; "min" bounds the longer side by the model's own image size. In pixels.
@@ -136,7 +136,7 @@ class FastVisionDataCollator:
         self._tells_overflow = True
         self._reader = SampleReader(
             processor,
-            Renderer(processor, train_on_responses_only, marks),
+            Renderer(processor, train_on_responses_only, marks, response_marks(*(facts.turns or (None, None)))),
             images,
             policy,
             videos,

@@ -94,7 +94,7 @@ def train_on_responses_only(
     Args:
         trainer: a trainer whose collator is a `FastVisionDataCollator`.
         instruction_part: the text that opens a user turn, e.g. ``"<|im_start|>user\\n"``. With neither part given,
-            the chat template's ``{% generation %}`` marks are used.
+            the chat template's ``{% generation %}`` marks are used, or those that are usual in the model's family.
         response_part: the text that opens an assistant turn, e.g. ``"<|im_start|>assistant\\n"``.
 
     Returns:

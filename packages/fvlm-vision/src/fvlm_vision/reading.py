@@ -136,7 +136,7 @@ class SampleReader:
     def on_responses_only(self, marks: ResponseMarks | None) -> SampleReader:
         """Return a copy of this reader whose spans are what the assistant says."""
         other = copy.copy(self)
-        other.renderer = Renderer(self.processor, True, marks)
+        other.renderer = Renderer(self.processor, True, marks, self.renderer.usual)
         return other
 
 

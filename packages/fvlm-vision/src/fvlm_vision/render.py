@@ -6,6 +6,7 @@ of text happens to be tokenized beside its neighbours.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from fvlm_vision.samples import Conversation
 
+logger = logging.getLogger(__name__)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -52,24 +54,48 @@ class Renderer:
             they are, closed by the end-of-sequence token, and others are refused.
         responses_only: whether only what the assistant says is trained.
         marks: where responses start and end; None uses the template's `{% generation %}` marks.
+        usual: the marks of the family's templates, which take the place of either where this template writes them.
 
     Raises:
         ConfigError: `responses_only` without marks from either side.
     """
 
     def __init__(
-        self, processor: ProcessorMixin, responses_only: bool = False, marks: ResponseMarks | None = None
+        self,
+        processor: ProcessorMixin,
+        responses_only: bool = False,
+        marks: ResponseMarks | None = None,
+        usual: ResponseMarks | None = None,
     ) -> None:
         self.processor: Any = processor  # Any: what each family declares is not in the base class
         self.template = chat_template_of(processor)
         self.responses_only = responses_only
-        self.marks = marks
+        self.marks, self.usual = marks, usual
         if responses_only and marks is None and not self.marks_assistant():
+            if usual is not None and self._writes(usual):
+                self.marks = usual
+                logger.info("Learning what stands behind %r, up to %r.", usual.response_part, usual.instruction_part)
+                return
             raise ConfigError(
                 "train_on_responses_only needs to know where responses start: this chat template has no {% "
                 "generation %} "
                 "marks, so pass instruction_part and response_part, the text that opens a user and an assistant turn."
             )
+
+    def _writes(self, marks: ResponseMarks) -> bool:
+        """Whether the chat template opens turns with these marks: they find both answers of a conversation, alone."""
+        if self.template is None:
+            return False
+        said = [("user", "first question"), ("assistant", "first answer")]
+        said += [("user", "second question"), ("assistant", "second answer")]
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        try:
+            text = self._text(messages)
+        except DataError:
+            return False
+        found = [text[start:end] for start, end in response_spans(text, marks)]
+        answers = ["first answer", "second answer"]
+        return len(found) == 2 and all(a in f and "question" not in f for a, f in zip(answers, found, strict=True))
 
     def marks_assistant(self) -> bool:
         """Return whether the chat template marks what the assistant says."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -83,6 +85,21 @@ def test_marks_are_found_whatever_surrounds_them(parts):
         model, processor, train_on_responses_only=True, instruction_part="ASK:", response_part="SAY:"
     )
     assert learned(collator, turns("total", "12ASKed", "q", "SAYing 5")) == "12ASKedSAYing 5"
+
+
+def test_marks_of_the_family_are_used_where_the_template_writes_them(parts, ask, caplog):
+    model, processor = parts
+    processor.chat_template = re.sub(r"\{%-\s*(end)?generation\s*-%\}", "", processor.chat_template)
+    with caplog.at_level("INFO", logger="fvlm_vision"):
+        collator = FastVisionDataCollator(model, processor, train_on_responses_only=True)
+    assert [REPLY_MARK in (record.args or ()) for record in caplog.records] == [True]
+    sample = ask("total 7", images=2)
+    sample["messages"] += turns("And the date?", "page 3")["messages"]
+    assert learned(collator, sample) == "total 7<|im_end|>\npage 3<|im_end|>\n"
+    # A template that opens users' turns otherwise would teach their questions too.
+    processor.chat_template = processor.chat_template.replace("<|im_start|>user", "<|im_start|>human")
+    with pytest.raises(ConfigError, match="pass instruction_part and response_part"):
+        FastVisionDataCollator(model, processor, train_on_responses_only=True)
 
 
 def test_prompt_and_completion_learns_the_completion(parts, picture):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fvlm_core.arch import TABLE
+
 
 @dataclass(frozen=True)
 class Family:
@@ -13,30 +15,28 @@ class Family:
 
     Attributes:
         model: a checkpoint on the Hub that people start with.
-        instruction_part, response_part: what its chat template opens a user and an assistant turn with; the templates
-            on the Hub mark no assistant spans of their own.
+        turns: what its chat template opens a user and an assistant turn with.
     """
 
     model: str
-    instruction_part: str
-    response_part: str
+    turns: tuple[str, str]
 
 
-_CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-_INST = ("[INST]", "[/INST]")
+def _family(model: str, model_type: str) -> Family:
+    turns = TABLE[model_type].turns
+    if turns is None:
+        raise RuntimeError(f"the facts of {model_type} say nothing of turns")
+    return Family(model, turns)
+
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family("Qwen/Qwen2-VL-2B-Instruct", *_CHATML),
-    "qwen2_5_vl": Family("Qwen/Qwen2.5-VL-7B-Instruct", *_CHATML),
-    "qwen3_vl": Family("Qwen/Qwen3-VL-8B-Instruct", *_CHATML),
-    "mllama": Family(
-        "meta-llama/Llama-3.2-11B-Vision-Instruct",
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-    "pixtral": Family("mistral-community/pixtral-12b", *_INST),
-    "mistral3": Family("mistralai/Mistral-Small-3.1-24B-Instruct-2503", *_INST),
-    "gemma3": Family("google/gemma-3-4b-it", "<start_of_turn>user\n", "<start_of_turn>model\n"),
+    "qwen2_vl": _family("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl"),
+    "qwen2_5_vl": _family("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl"),
+    "qwen3_vl": _family("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl"),
+    "mllama": _family("meta-llama/Llama-3.2-11B-Vision-Instruct", "mllama"),
+    "pixtral": _family("mistral-community/pixtral-12b", "llava"),
+    "mistral3": _family("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3"),
+    "gemma3": _family("google/gemma-3-4b-it", "gemma3"),
 }
 
 FORMATS: dict[str, Mapping[str, Any]] = {

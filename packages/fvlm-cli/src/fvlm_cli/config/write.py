@@ -27,7 +27,8 @@ def start_config(family: str | None, data: str, model: str | None, train: str | 
     """
     start = None if family is None else FAMILIES[family]
     name = model or (start.model if start is not None else "")
-    parts = {} if start is None else {"instruction_part": start.instruction_part, "response_part": start.response_part}
+    names = ("instruction_part", "response_part")
+    parts = {} if start is None else dict(zip(names, start.turns, strict=True))
     values: dict[str, Mapping[str, Any]] = {
         "model": {"name": name, "precision": "4bit", "max_seq_length": 2048, "gradient_checkpointing": "offload"},
         "lora": {"finetune_vision_layers": True, "finetune_language_layers": True, "r": 16, "alpha": 32},

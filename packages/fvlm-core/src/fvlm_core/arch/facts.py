@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Tower = Literal["vision", "projector", "language", "audio", "head"]
 Part = Literal["attention", "mlp", "other"]
 
+CHATML_TURNS = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+INST_TURNS = ("[INST]", "[/INST]")
+
 TOWERS: tuple[Tower, ...] = ("vision", "projector", "language", "audio", "head")
 PARTS: tuple[Part, ...] = ("attention", "mlp", "other")
 
@@ -65,6 +68,8 @@ class ArchFacts:
         fused: class names of modules → the kind of fused layer that takes their place (`fvlm_core.fused.table`).
         fused_text: model type of the text model (``config.text_config.model_type``) → more of the same, for families
             that wrap text models of several kinds.
+        turns: what the chat templates of its checkpoints on the Hub open a user's and an assistant's turn with; those
+            templates mark no assistant spans of their own.
         generic: derived from the module tree, not written by hand.
     """
 
@@ -85,6 +90,7 @@ class ArchFacts:
     planner: Callable[[PreTrainedModel], QwenPlanner] | None = None
     fused: Mapping[str, str] = field(default_factory=dict)
     fused_text: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    turns: tuple[str, str] | None = None
     generic: bool = False
 
     def towers(self) -> dict[Tower, tuple[str, ...]]:

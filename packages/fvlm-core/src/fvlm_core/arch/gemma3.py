@@ -37,4 +37,5 @@ FACTS = ArchFacts(
         "SiglipMLP": "plain_mlp",
         "Conv2d": "patch_conv",
     },
+    turns=("<start_of_turn>user\n", "<start_of_turn>model\n"),
 )

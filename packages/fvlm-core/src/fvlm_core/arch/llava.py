@@ -6,7 +6,7 @@ straight into the loss.
 
 from __future__ import annotations
 
-from fvlm_core.arch.facts import ArchFacts, MediaTokens
+from fvlm_core.arch.facts import INST_TURNS, ArchFacts, MediaTokens
 from fvlm_core.arch.pixtral import MISTRAL, PIXTRAL
 
 FACTS = ArchFacts(
@@ -32,4 +32,5 @@ FACTS = ArchFacts(
         **PIXTRAL,
     },
     fused_text={"mistral": MISTRAL},
+    turns=INST_TURNS,
 )

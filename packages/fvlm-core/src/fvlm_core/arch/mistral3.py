@@ -5,7 +5,7 @@ In 16 bit stay the projector with its patch merger and the head, for the reasons
 
 from __future__ import annotations
 
-from fvlm_core.arch.facts import ArchFacts, MediaTokens
+from fvlm_core.arch.facts import INST_TURNS, ArchFacts, MediaTokens
 from fvlm_core.arch.pixtral import MISTRAL, PIXTRAL
 
 FACTS = ArchFacts(
@@ -31,4 +31,5 @@ FACTS = ArchFacts(
         **PIXTRAL,
     },
     fused_text={"mistral": MISTRAL},
+    turns=INST_TURNS,
 )

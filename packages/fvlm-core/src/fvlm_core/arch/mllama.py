@@ -39,4 +39,8 @@ FACTS = ArchFacts(
         "MllamaVisionMLP": "plain_mlp",
         "Conv2d": "patch_conv",
     },
+    turns=(
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fvlm_core.arch.facts import ArchFacts, MediaTokens
+from fvlm_core.arch.facts import CHATML_TURNS, ArchFacts, MediaTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,4 +55,5 @@ FACTS = ArchFacts(
         "Qwen2_5_VLMLP": "gated_mlp",
         "Qwen2_5_VisionPatchEmbed": "patch_embed",
     },
+    turns=CHATML_TURNS,
 )

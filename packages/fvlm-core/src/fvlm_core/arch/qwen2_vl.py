@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fvlm_core.arch.facts import ArchFacts, MediaTokens
+from fvlm_core.arch.facts import CHATML_TURNS, ArchFacts, MediaTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,4 +51,5 @@ FACTS = ArchFacts(
         "VisionMlp": "plain_mlp",
         "PatchEmbed": "patch_embed",
     },
+    turns=CHATML_TURNS,
 )

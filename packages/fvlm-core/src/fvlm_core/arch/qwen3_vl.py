@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.arch.facts import ArchFacts, MediaTokens
+from fvlm_core.arch.facts import CHATML_TURNS, ArchFacts, MediaTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,4 +56,5 @@ FACTS = ArchFacts(
         "Qwen3VLVisionMLP": "plain_mlp",
         "Qwen3VLVisionPatchEmbed": "patch_embed",
     },
+    turns=CHATML_TURNS,
 )

@@ -47,3 +47,12 @@ def _one_stock_on_every_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stock's patch embeddings compute in fp32 on a GPU, where PyTorch takes TF32 for convolutions by itself."""
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

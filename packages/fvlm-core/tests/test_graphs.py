@@ -238,11 +238,11 @@ def test_a_copied_model_records_anew(model):
 
 
 def test_the_oldest_shape_is_dropped(model, monkeypatch):
-    monkeypatch.setattr("fvlm_core.graphs.runner.MOST_STAGES", 3)
+    monkeypatch.setattr("fvlm_core.graphs.runner.MOST_STAGES", 2)
     graphs = recorded(model)
     for length in (20, 100) * 5:
         step(model, without_mask(make_batch(model.config, (length, length))))
-    assert len(graphs._stages) == 3
+    assert len(graphs._stages) == 2
     assert graphs.recorded > 6
 
 

@@ -27,7 +27,7 @@ from fvlm_core.passes import KEEP_FROM
 
 logger = logging.getLogger(__name__)
 
-MOST_STAGES = 32
+MOST_STAGES = 64
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
 _MOST_SEEN = 1024
 """How many shapes are remembered of a layer that came and were not recorded."""
@@ -71,6 +71,9 @@ class LayerGraphs:
         self._recorders: dict[torch.device, Recorder] = {}
         self._stages: OrderedDict[Key, _Kind] = OrderedDict()
         self._seen: WeakKeyDictionary[nn.Module, Counter[Key]] = WeakKeyDictionary()
+        self._varied: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        """How many recordings of longer shapes than its own a layer got."""
+        self._trained: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._copies, self._arena, self._fits = Copies(), Arena(), Fits()
         self._off = False
         self.replayed = self.recorded = 0
@@ -114,7 +117,9 @@ class LayerGraphs:
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(others)}
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        state = (hidden.dtype, hidden.device, hidden.requires_grad, autocast, module.training, keep_from)
+        # The first block of a tower makes the gradient of its input as the others do: one recording serves them all.
+        needs_dx = hidden.requires_grad or self._trains(module)
+        state = (hidden.dtype, hidden.device, needs_dx, autocast, module.training, keep_from)
         found: list[tuple[Key, Fit]] = []
         for fit in self._fits.of(module, hidden, kwargs, autocast or hidden.dtype):
             if fit.about is None:
@@ -124,7 +129,7 @@ class LayerGraphs:
             if recorded is not None and (len(found) == 1 or not self._outgrown(module, found[0][0], found[1][0])):
                 return recorded, tuple(fit.kwargs.values())
         chosen = self._worth_recording(module, found)
-        return None if chosen is None else self._new(module, layer, hidden, *chosen, autocast, keep_from)
+        return None if chosen is None else self._new(module, layer, hidden, *chosen, autocast, keep_from, needs_dx)
 
     def _recorded(self, module: nn.Module, key: Key) -> RecordedLayer | None:
         kind = self._stages.get(key)
@@ -144,7 +149,8 @@ class LayerGraphs:
         """Count a call; return which of the recordings that it fits is to be made now, or None for none.
 
         A shape is recorded when it comes for the second time; a close one, rather than the longer one that others fit
-        as well, if most of those that fit the longer one are of it.
+        as well, if most of those that fit the longer one are of it. A layer that has come to need longer ones gets the
+        next of them at first sight.
         """
         seen = self._seen.setdefault(module, Counter())
         if len(seen) > _MOST_SEEN:  # shapes that never repeat
@@ -155,7 +161,16 @@ class LayerGraphs:
         (close, fit), (wide, other) = found[0], found[-1]
         if seen[close] > 1 and 2 * seen[close] > seen[wide]:
             return close, fit
-        return (wide, other) if seen[wide] > 1 else None
+        if seen[wide] > 1 or (wide != close and self._varied.get(module, 0) > 1):
+            self._varied[module] = self._varied.get(module, 0) + (wide != close)
+            return wide, other
+        return None
+
+    def _trains(self, module: nn.Module) -> bool:
+        """Whether a layer had trained parameters when it was first met; a wrong answer costs time, never a gradient."""
+        if module not in self._trained:
+            self._trained[module] = any(p.requires_grad for p in module.parameters())
+        return self._trained[module]
 
     def _new(
         self,
@@ -166,6 +181,7 @@ class LayerGraphs:
         fit: Fit,
         autocast: torch.dtype | None,
         keep_from: int | None,
+        needs_dx: bool,
     ) -> _Prepared | None:
         """Record a layer; None where it cannot be."""
         kind = self._stages.get(key)
@@ -175,7 +191,7 @@ class LayerGraphs:
         if not state.recordable:
             return None
         if kind is None:
-            kind = self._new_kind(key, Stage(hidden, fit.kwargs, fit.tokens, hidden.requires_grad, self._arena))
+            kind = self._new_kind(key, Stage(hidden, fit.kwargs, fit.tokens, needs_dx, self._arena))
         recorder = self._recorder_for(hidden.device)
         call = partial(layer.func, *layer.args)
         recorded = RecordedLayer(state, kind.stage, call, recorder, autocast, self._copies, keep_from)

@@ -42,6 +42,7 @@ class CudaRecorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._anchor: Tape | None = None
 
     def warm_up(self, work: Work) -> None:
         """Run work once on the stream that records."""
@@ -57,6 +58,13 @@ class CudaRecorder:
         ``torch.cuda.graph`` would collect garbage and empty the cache around each of the hundred recordings of a model,
         for seconds in all. Errors are watched for in this thread only, since a data loader may pin memory in another.
         """
+        if (
+            self._anchor is None
+        ):  # PyTorch gives a pool up with the last of its graphs, and may not be asked for it again
+            self._anchor = self._captured(lambda: torch.zeros(1, device=self._device))
+        return self._captured(work)
+
+    def _captured(self, work: Callable[[], object]) -> Tape:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):

@@ -120,12 +120,14 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_gives_the_same_losses(
         text=True,
     )
     assert process.stderr is not None
+    said = []
     for line in process.stderr:
+        said.append(line)
         if line.startswith("step 2/"):
             process.send_signal(signal.SIGINT)
             break
     stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 130, stderr
+    assert process.returncode == 130, "".join([*said, stderr])
     assert "fvlm train config.yaml --resume" in stdout
     record = json.loads((workplace / "stopped/run.json").read_text())
     assert record["status"] == "interrupted"

@@ -111,7 +111,7 @@ def test_the_command_page_has_every_verb_and_option() -> None:
     assert list(parts) == list(verbs)
     for name, verb in verbs.items():
         for parameter in verb.params:
-            assert " ".join(parameter.help.split()) in " ".join(parts[name].split()), (name, parameter.name)
+            assert " ".join((parameter.help or "").split()) in " ".join(parts[name].split()), (name, parameter.name)
             assert all(option in parts[name] for option in parameter.opts if option.startswith("-"))
 
 

@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said_once(fvlm, fvlm_command: list[str], place: Path) 
 
 
 def test_ctrl_c_stops_all_after_one_step_with_one_checkpoint(fvlm, fvlm_command: list[str], place: Path) -> None:
-    words = ["train", "several.yaml", "save.output_dir=stopped", "train.max_steps=400", "train.logging_steps=1"]
+    words = ["train", "several.yaml", "save.output_dir=halted", "train.max_steps=400", "train.logging_steps=1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [*fvlm_command, *words, "--nproc", "2"],
@@ -84,6 +84,7 @@ def test_ctrl_c_stops_all_after_one_step_with_one_checkpoint(fvlm, fvlm_command:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_hear_interrupts,
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -93,12 +94,17 @@ def test_ctrl_c_stops_all_after_one_step_with_one_checkpoint(fvlm, fvlm_command:
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "fvlm train several.yaml --resume" in stdout
-    record = json.loads((place / "stopped/run.json").read_text())
+    record = json.loads((place / "halted/run.json").read_text())
     assert record["status"] == "interrupted"
     assert (place / record["checkpoint"] / "rng_state_1.pth").is_file()
     done = fvlm(*words, "--resume", "--nproc", "2", f"train.max_steps={record['steps'] + 2}", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
+
+
+def _hear_interrupts() -> None:
+    """A shell's background job, which a run of the tests may be, is started with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def started(programs: list[str]) -> Callable[..., subprocess.Popen[bytes]]:

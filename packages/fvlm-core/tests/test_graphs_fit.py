@@ -113,6 +113,19 @@ def test_a_size_that_comes_to_be_most_of_its_kind_gets_a_recording_of_its_own(ti
     assert {stage.tokens for stage in stages_of(graphs, "VisionBlock")} == {52, 64}  # 36 + 16 patches
 
 
+def test_the_count_of_shapes_stays_small(tiny, monkeypatch):
+    """Sizes that never repeat run in longer recordings for as long as training lasts; each is counted."""
+    monkeypatch.setattr("fvlm_core.graphs.runner._MOST_SEEN", 4)
+    model = adapted_model(tiny("qwen2_vl"))
+    fuse_model(model)
+    graphs = recorded(model)
+    sizes = [[(4, 4), (6, 8)], [(8, 4), (4, 6)], *([(2, 2 * wide), (6, 6)] for wide in range(1, 8))]
+    for seed, grids in enumerate(sizes):
+        step(model, sized_batch(model, grids, seed))
+    assert graphs.replayed > 0
+    assert max(len(seen) for seen in graphs._seen.values()) <= 4 + 2
+
+
 def test_text_of_new_lengths_shares_a_recording(tiny):
     model = adapted_model(tiny("qwen2_vl"))
     fuse_model(model)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 MOST_STAGES = 64
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
 _MOST_SEEN = 1024
-"""How many shapes are remembered of a layer that came and were not recorded."""
+"""How many shapes that came are counted of a layer before the count starts anew."""
 OFTEN = 8
 """How often a shape comes in a longer recording before it may get one of its own."""
 _FIRST_GUESS = 1 << 28
@@ -139,10 +139,17 @@ class LayerGraphs:
         recorded = kind.layers.get(module)
         return recorded if recorded is not None and recorded.state.holds() else None
 
+    def _counted(self, module: nn.Module, *keys: Key) -> Counter[Key]:
+        """Count a call of a layer by what it fits; return the layer's counts."""
+        seen = self._seen.setdefault(module, Counter())
+        if len(seen) > _MOST_SEEN:  # shapes that never repeat
+            seen.clear()
+        seen.update(keys)
+        return seen
+
     def _outgrown(self, module: nn.Module, close: Key, wide: Key) -> bool:
         """Count a call that runs in a longer recording; tell whether its own shape has come to be most of those."""
-        seen = self._seen.setdefault(module, Counter())
-        seen.update((close, wide))
+        seen = self._counted(module, close, wide)
         return seen[close] > OFTEN and 2 * seen[close] > seen[wide]
 
     def _worth_recording(self, module: nn.Module, found: list[tuple[Key, Fit]]) -> tuple[Key, Fit] | None:
@@ -152,10 +159,7 @@ class LayerGraphs:
         as well, if most of those that fit the longer one are of it. A layer that has come to need longer ones gets the
         next of them at first sight.
         """
-        seen = self._seen.setdefault(module, Counter())
-        if len(seen) > _MOST_SEEN:  # shapes that never repeat
-            seen.clear()
-        seen.update(key for key, _ in found)
+        seen = self._counted(module, *(key for key, _ in found))
         if not found:
             return None
         (close, fit), (wide, other) = found[0], found[-1]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.expansion import adds_special_tokens, can_expand, encode_expanded
 from fvlm_vision.pixels import FRAMES, SCALE, byte_processor, keeps_bytes, with_scale
 from fvlm_vision.reading import Item, placed
 from fvlm_vision.spans import Span, insertion, move, tokens_in
@@ -63,6 +64,7 @@ class Encoder:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.videos_kwargs = videos_kwargs
         self.as_bytes = False
+        self._can_expand = can_expand(processor)
         self._media_names = {
             name
             for part in ("image_processor", "video_processor")
@@ -107,6 +109,8 @@ class Encoder:
                 f"{type(self.processor.tokenizer).__name__} does not tell where tokens come from, so part of a sample "
                 "cannot be trained alone; use the fast tokenizer."
             )
+        if self._can_expand and not any(videos):
+            return self._expanded(texts, images, with_spans)
         output = self._process([text.text for text in texts], images, videos, with_spans)
         batch = {name: _tensor(value) for name, value in output.items() if name not in _NOT_FOR_THE_MODEL}
         if self.as_bytes:
@@ -118,10 +122,29 @@ class Encoder:
             laid_out = self._laid_out([text.text for text in texts], images)
             rows = zip(texts, laid_out, offsets, pieces, strict=True)
             trained = torch.stack([_trained_tokens(*row) for row in rows])
+        return Encoded(batch, trained, self._per_token(batch))
+
+    def _per_token(self, batch: dict[str, Any]) -> tuple[str, ...]:
         shape = batch["input_ids"].shape
         media = self._media_names | {SCALE, FRAMES}
-        per_token = tuple(n for n, t in batch.items() if n not in media and t.shape[:2] == shape)
-        return Encoded(batch, trained, per_token)
+        return tuple(n for n, t in batch.items() if n not in media and t.shape[:2] == shape)
+
+    def _expanded(self, texts: list[Rendered], images: Images, with_spans: bool) -> Encoded:
+        """Return what the processor would, without a call of the whole of it (`fvlm_vision.expansion`)."""
+        flat = [image for row in images for image in row]
+        pixels: dict[str, Any] = {"image_grid_thw": torch.zeros(0, 3, dtype=torch.int64)}
+        try:
+            if flat:
+                pixels = dict(self.processor.image_processor(flat, return_tensors="pt"))
+        except _REFUSALS as error:
+            raise _refused(error) from error
+        counts, multiple = [len(row) for row in images], self.pad_to_multiple_of or 1
+        batch, trained = encode_expanded(self.processor, texts, counts, pixels["image_grid_thw"], multiple, with_spans)
+        if flat:
+            batch |= pixels
+        if self.as_bytes:
+            batch = with_scale(batch, self.processor)
+        return Encoded(batch, trained, self._per_token(batch))
 
     def _laid_out(self, texts: list[str], images: Images) -> list[str]:
         """Return the texts with what the family's processor inserts (PaliGemma a token after the images, for one)."""
@@ -138,7 +161,7 @@ class Encoder:
                 mixed = self._process_mixed(texts, images, with_spans)
                 if mixed is not None:
                     return mixed
-            raise DataError(f"the processor refuses a sample ({' '.join(str(error).split())}).") from error
+            raise _refused(error) from error
 
     def _process_mixed(self, texts: list[str], images: Images, with_spans: bool) -> dict[str, Any] | None:
         """Process a mixed batch without the family's own check of it, samples with images first; None where that fails.
@@ -173,8 +196,7 @@ class Encoder:
         text_kwargs: dict[str, Any] = {"padding": True, "padding_side": "right"}
         if self.pad_to_multiple_of is not None:
             text_kwargs["pad_to_multiple_of"] = self.pad_to_multiple_of
-        bos = processor.tokenizer.bos_token
-        if bos is not None and texts[0].startswith(bos):  # the template wrote it, as `apply_chat_template` also asks
+        if not adds_special_tokens(processor, texts):  # as `apply_chat_template` also asks
             text_kwargs["add_special_tokens"] = False
         if with_spans:
             text_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
@@ -188,6 +210,10 @@ class Encoder:
             arguments["videos"] = [video.frames for video in flat]
             arguments["videos_kwargs"] = {**self.videos_kwargs, "video_metadata": metadata, "return_tensors": "pt"}
         return dict(processor(**arguments))
+
+
+def _refused(error: Exception) -> DataError:
+    return DataError(f"the processor refuses a sample ({' '.join(str(error).split())}).")
 
 
 def _tensor(value: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fvlm_core.errors import DataError
+from fvlm_vision.expansion import adds_special_tokens
 from fvlm_vision.reading import placed
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ class TokenCounter:
         return self._of_size[size]
 
     def _text_tokens(self, texts: list[str]) -> list[int]:
-        bos = self.processor.tokenizer.bos_token
-        special = bos is None or not texts[0].startswith(bos)  # the template wrote it: as the collator's encoder
+        special = adds_special_tokens(self.processor, texts)
         return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=special)["input_ids"]]
 
     def _tokens_of_size(self, width: int, height: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,7 @@ class Output:
         self.quiet = quiet
         self.json = json
         self._stderr: Console | None = None
+        self._machine: IO[str] | None = None
 
     @property
     def stderr(self) -> Console:
@@ -46,10 +48,25 @@ class Output:
         if not self.quiet:
             self.stderr.print(text, markup=False)
 
+    def keep_stdout(self) -> None:
+        """Under `json`, let nothing but the JSON object reach this process's stdout.
+
+        What libraries print goes to stderr, from C++ too, as gloo of torch 2.10 does when processes connect.
+        """
+        stdout = sys.stdout
+        if not self.json or self._machine is not None or stdout is not sys.__stdout__ or stdout is None:
+            return  # somebody who calls this from Python has put a stdout of their own there
+        stdout.flush()
+        self._machine = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def _print_json(self, data: Mapping[str, Any]) -> None:
+        print(json.dumps(data, ensure_ascii=False), file=self._machine, flush=True)
+
     def result(self, data: Mapping[str, Any], show: Callable[[Console], None]) -> None:
         """Give the verb's result: `data` as JSON, or what `show` draws of it."""
         if self.json:
-            print(json.dumps(data, ensure_ascii=False))
+            self._print_json(data)
             return
         from rich.console import Console
 
@@ -58,7 +75,7 @@ class Output:
     def error(self, code: int, sentence: str) -> None:
         """Say in one sentence what went wrong."""
         if self.json:
-            print(json.dumps({"error": sentence, "exit_code": code}, ensure_ascii=False))
+            self._print_json({"error": sentence, "exit_code": code})
         print(f"fvlm: {sentence}", file=sys.stderr)
 
     def start_log(self) -> None:

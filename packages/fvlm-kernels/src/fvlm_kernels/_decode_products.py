@@ -192,7 +192,7 @@ def _products_kernel(
                     code_ptr,
                     offset_ptr,
                 )
-            mask = mask_w & (n < N)
+            mask = offs_w < tl.where(n < N, WORDS, 0)
             at = n.to(tl.int64) * WORDS + offs_w
             words = tl.load(codes_ptr + at, mask=mask, other=0)
             scale_at = at // (BLOCKSIZE // 8)
@@ -218,7 +218,7 @@ def _products_kernel(
             if BIASED:
                 y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
             if RANK:
-                mask_r = (offs_r < RANK) & (n < N)
+                mask_r = offs_r < tl.where(n < N, RANK, 0)
                 b = tl.load(b_ptr + n * RANK + offs_r, mask=mask_r, other=0.0)
                 t = tl.load(t_ptr + m * RANKS + slot * RANK + offs_r, mask=mask_r, other=0.0)
                 y += scaling * tl.sum(b.to(tl.float32) * t)

@@ -125,6 +125,7 @@ def _rms_norm_bwd_kernel(
     dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # of each row of a block: rows are added up once
     block = pid * blocks_per_program
     end = block + blocks_per_program
+    last = tl.minimum(end * BLOCK_M, M)  # row, of this program's share
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (offs_m < M)[:, None] & in_row[None, :]
     h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0)
@@ -132,7 +133,7 @@ def _rms_norm_bwd_kernel(
     while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
         if NEED_DWEIGHT:
             ahead = offs_m + BLOCK_M
-            more = ((ahead < M) & (block + 1 < end))[:, None] & in_row[None, :]
+            more = (ahead < last)[:, None] & in_row[None, :]
             next_h = tl.load(h_ptr + ahead[:, None] * stride_h + offs_n[None, :], mask=more, other=0.0)
             next_grad = tl.load(dy_ptr + ahead[:, None] * stride_dy + offs_n[None, :], mask=more, other=0.0)
         mask = (offs_m < M)[:, None] & in_row[None, :]

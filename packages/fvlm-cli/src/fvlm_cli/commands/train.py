@@ -59,6 +59,7 @@ def train(
         flags = {"--resume": resume, "--debug": out.debug, "--quiet": out.quiet, "--json": out.json}
         words = ["train", config, *(settings or []), *(flag for flag, given in flags.items() if given)]
         raise typer.Exit(launch(nproc, words, out))
+    out.keep_stdout()
     record = run(checked, out, resume=resume)
     out.result(record, lambda console: _show(console, record, config))
     if record["status"] == "interrupted":

@@ -5,8 +5,10 @@
 Both sides get the same conversations with one 512 × 512 image each, as an open PIL image, a PNG or a JPEG, and make
 the batch that the model is trained on: stock decodes, renders the chat template and calls the processor; the collator
 does what `FastVisionTrainer`'s dataloader has it do. What the device does afterwards to bytes (`fvlm_vision.pixels`) is
-timed on its own, on the CPU, where it is slowest. Sides take turns. Times are of the processor and not of the wall, so
-that another job on the machine counts little. Only with workers is it the wall's time, from the first batch on.
+timed on its own, on the CPU, where it is slowest. Sides take turns of five batches, since a worker does one thing all
+the time, and memory that it has given back it gets again without the kernel. Times are of the processor and not of
+the wall, so that another job on the machine counts little. Only with workers is it the wall's time, from the first
+batch on.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from fvlm_vision.pixels import with_pixel_values
 from fvlm_vision.rows import NumberedRows
 
 SIDE, BATCH = 512, 8
+TURN = 5  # batches
 SOURCES = ("PIL", "PNG", "JPEG")
 Sample = dict[str, Any]
 
@@ -82,14 +85,15 @@ def stock(processor: Any, samples: Sequence[Sample]) -> Any:
 
 
 def timed(sides: dict[str, Callable[[], Any]], batches: int) -> dict[str, list[float]]:
-    """Return the processor time of each side's runs, in seconds; the sides take turns, after a warm-up of each."""
+    """Return the processor time of each side's runs, in seconds; the sides take turns, the first is a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for run in range(batches + 2):
+    for turn in range(1 + -(-batches // TURN)):
         for name, side in sides.items():
-            start = time.process_time()
-            side()
-            if run >= 2:
-                times[name].append(time.process_time() - start)
+            for _ in range(TURN):
+                start = time.process_time()
+                side()
+                if turn:
+                    times[name].append(time.process_time() - start)
     return times
 
 
@@ -153,6 +157,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    where = provenance()  # before a row is written, which makes the working tree dirty
     with tempfile.TemporaryDirectory() as folder:
         tiny_checkpoint("qwen2_vl", folder)
         model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -164,7 +169,7 @@ def main() -> None:
         print(json.dumps(row))
         if options.out is not None:
             with options.out.open("a") as file:
-                file.write(json.dumps({**row, **provenance()}) + "\n")
+                file.write(json.dumps({**row, **where}) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,18 @@ subtraction and division in single precision.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
-    from transformers import ProcessorMixin
+    from transformers import BatchFeature, ProcessorMixin
 
 SCALE, FRAMES = "pixel_scale", "pixel_frames"
-
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # bytes a word → its dtype
 
 
 def keeps_bytes(processor: ProcessorMixin) -> bool:
@@ -37,11 +38,10 @@ def keeps_bytes(processor: ProcessorMixin) -> bool:
 def byte_processor(processor: ProcessorMixin) -> ProcessorMixin:
     """Return a copy of a processor for which `keeps_bytes`, whose `pixel_values` are bytes, each patch once.
 
-    The two steps that are put off are replaced on the copy's image processor alone; the processor stays as it was.
+    What comes after opening the images is replaced on the copy's image processor alone; the processor stays as it was.
     """
     images: Any = copy.copy(processor.image_processor)
-    vars(images)["rescale_and_normalize"] = _as_they_are
-    vars(images)["patchify"] = _patches
+    vars(images)["_preprocess"] = partial(_preprocess, images)
     copied: Any = copy.copy(processor)
     copied.image_processor = images
     return copied  # type: ignore[no-any-return]
@@ -79,23 +79,45 @@ def with_pixel_values(batch: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "pixel_values": values[:, :, None].expand(-1, -1, batch[FRAMES], -1).flatten(1)}
 
 
-def _as_they_are(images: Tensor, *_: Any, **__: Any) -> Tensor:
-    return images
+def _preprocess(
+    processor: Any,
+    images: Sequence[Tensor],
+    *,
+    do_resize: bool,
+    size: Any,
+    resample: Any,
+    patch_size: int,
+    merge_size: int,
+    **_: Any,
+) -> BatchFeature:
+    """Resize images (channels, height, width) as the processor does, and cut all into one tensor of patches.
 
-
-def _patches(images: Tensor, patch_size: int, merge_size: int, temporal_patch_size: int) -> tuple[Tensor, int, int]:
-    """Cut images (count, channels, height, width) into (count, patches, channels · side²), those to be merged adjacent.
-
-    Returns:
-        The patches, and how many there are in height and width.
+    Each is written where it belongs at once: pieces that are put together later are as many bytes moved again.
     """
-    count, _, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    # A row of a patch is moved in the widest words that it is a multiple of: 14 bytes are 7 words of 2.
-    lanes = next(lanes for lanes in _WORDS if patch_size % lanes == 0)
-    words = images.contiguous().view(_WORDS[lanes])
-    cut = words.unflatten(3, (columns // merge_size, merge_size, patch_size // lanes))
-    cut = cut.unflatten(2, (rows // merge_size, merge_size, patch_size))
-    # count, channels, row, row in merge, y, column, column in merge, x
-    ordered = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)
-    return ordered.reshape(count, rows * columns, -1).view(torch.uint8), rows, columns
+    from transformers import BatchFeature
+
+    factor = patch_size * merge_size
+    resized = [
+        processor.resize(images=image[None], size=size, resample=resample, factor=factor)[0] if do_resize else image
+        for image in images
+    ]
+    grids = [(1, image.shape[1] // patch_size, image.shape[2] // patch_size) for image in resized]
+    counts = [rows * columns for _, rows, columns in grids]
+    channels = resized[0].shape[0]
+    patches = torch.empty(sum(counts), channels * patch_size**2, dtype=torch.uint8)
+    for image, place in zip(resized, patches.split(counts), strict=True):
+        _cut(image, place, patch_size, merge_size)
+    return BatchFeature({"pixel_values": patches, "image_grid_thw": torch.tensor(grids, dtype=torch.int64)})
+
+
+def _cut(image: Tensor, patches: Tensor, patch_size: int, merge_size: int) -> None:
+    """Write an image (channels, height, width) to patches (count, channels · side²), those to be merged adjacent.
+
+    Straight from interleaved pixels, which is how an image comes out of Pillow and of the resize: planes in between
+    would let whole rows of a patch be moved at once, and cost more than that saves.
+    """
+    rows, columns = (side // patch_size for side in image.shape[1:])
+    cut = image.unflatten(2, (columns // merge_size, merge_size, patch_size))
+    cut = cut.unflatten(1, (rows // merge_size, merge_size, patch_size))
+    ordered = cut.permute(1, 4, 2, 5, 0, 3, 6)  # row, column, row in merge, column in merge, channel, y, x
+    patches.view(ordered.shape).copy_(ordered)

@@ -29,10 +29,10 @@ class SummaryWriter:
 CONFIG = """
 model: {name: base, precision: 16bit, token: "${oc.env:HF_TOKEN}"}
 lora: {r: 2}
-data: {train: train.jsonl, limit: 2}
+data: {train: "${oc.env:WHERE}/train.jsonl", limit: 2, caption_prompt: "${train.run_name} ${oc.env:UNNAMED}"}
 train:
   {max_steps: 2, per_device_train_batch_size: 1, gradient_accumulation_steps: 1, warmup_steps: 0,
-   run_name: "run-${oc.env:MY_API_KEY}"}
+   run_name: "run-${oc.env:MY_API_KEY}"}  # its name says what it is; WHERE's does not
 save: {output_dir: reported}
 """
 
@@ -69,6 +69,8 @@ def test_a_run_reports_and_writes_no_secret(fvlm, workplace: Path, monkeypatch: 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(workplace / "site"), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("SCALARS", str(workplace / "scalars.jsonl"))
     monkeypatch.setenv("HF_TOKEN", "hf_nobodymayreadthis")
+    monkeypatch.setenv("WHERE", str(workplace))
+    monkeypatch.setenv("UNNAMED", "nobodymayreadthis")
     monkeypatch.setenv("MY_API_KEY", "nobodymayreadthiseither")
     done = fvlm("train", "reported.yaml", "--train.report_to", "tensorboard", "--json", cwd=workplace)
     assert done.returncode == 0, done.stderr
@@ -80,6 +82,8 @@ def test_a_run_reports_and_writes_no_secret(fvlm, workplace: Path, monkeypatch: 
 
     saved = yaml.safe_load((workplace / "reported/config.yaml").read_text())
     assert saved["train"]["run_name"] == "run-${oc.env:MY_API_KEY}"
+    assert saved["data"]["train"] == "${oc.env:WHERE}/train.jsonl"
+    assert saved["data"]["caption_prompt"] == "${train.run_name} ${oc.env:UNNAMED}"
     assert "token" not in saved["model"]
     again = read_config(workplace / "reported/config.yaml")
     assert again.train.run_name == "run-nobodymayreadthiseither"

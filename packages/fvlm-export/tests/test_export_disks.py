@@ -107,6 +107,37 @@ def fills_up(disk: Path, adapter: Path, base: Path) -> None:
     merge(disk, adapter, base)
 
 
+def fills_up_and_is_emptied(disk: Path, adapter: Path, base: Path) -> None:
+    """As above at the fourth shard; then there is room again, and the same merge is run once more."""
+    begun: list[str] = []
+    real = SafetensorWriter.__init__
+
+    def meanwhile(self: SafetensorWriter, path: Path, infos: Any) -> None:
+        begun.append(path.name)
+        if len(begun) == 4:
+            (disk / "mine").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - (50 << 10)))
+        real(self, path, infos)
+
+    SafetensorWriter.__init__ = meanwhile  # type: ignore[method-assign]  # the process ends with the scenario
+    out = earlier(disk)
+    with pytest.raises(ExportError, match=r"No space left on device\); 2 finished shards stay in .*/\.out\.unfinished"):
+        save_pretrained_merged(adapter, out, base=base, overwrite=True, max_shard_size="300KB", progress=False)
+    work = disk / ".out.unfinished"
+    left = {path.name for path in work.iterdir()}
+    assert left == {".journal.jsonl", ".lock", *begun[:2]}, "the third was written and not yet proved"
+    with pytest.raises(ExportError, match="GB free and the result needs"):  # still full: what is there stays
+        save_pretrained_merged(adapter, out, base=base, overwrite=True, max_shard_size="300KB", progress=False)
+    assert {path.name for path in work.iterdir()} == left
+    assert (out / "model.safetensors").read_bytes() == b"old"
+
+    (disk / "mine").unlink()
+    before = list(begun)
+    save_pretrained_merged(adapter, out, base=base, overwrite=True, max_shard_size="300KB", progress=False)
+    assert begun[len(before) :][:2] == before[2:], "the two finished ones are not written again"
+    assert not work.exists()
+    assert len(list(out.glob("*.safetensors"))) == len(begun) - 2
+
+
 def read_only(disk: Path, adapter: Path, base: Path) -> None:
     earlier(disk)
     mount(disk, READ_ONLY | REMOUNT)
@@ -132,3 +163,7 @@ def test_what_cannot_be_written_is_said_and_leaves_the_old_output(
 
 def test_the_same_disk_takes_the_result_when_there_is_room(tools: Any, adapter: Path, tmp_path: Path) -> None:
     assert on_small_disk(merge, tmp_path, adapter, tools.checkpoint()) == ("made", None)
+
+
+def test_finished_shards_outlive_a_full_disk(tools: Any, adapter: Path, tmp_path: Path) -> None:
+    assert on_small_disk(fills_up_and_is_emptied, tmp_path, adapter, tools.checkpoint()) == ("made", None)

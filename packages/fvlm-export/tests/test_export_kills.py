@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from fvlm_core.errors import ConfigError
+from fvlm_core.errors import CheckpointError, ConfigError, ExportError
 from fvlm_export import read_report, save_pretrained_merged
+from fvlm_export.remote import UnreachableError
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.safetensor_writer import SafetensorWriter
 from fvlm_export.work_folder import WorkFolder
@@ -67,6 +69,48 @@ def test_a_finished_shard_is_taken_over_and_a_damaged_one_is_not(
     assert written == [names[1], *names[3:]], "shards 1 and 3 were finished, 2 was damaged"
     assert {n: sha256_of(out / n) for n in names} == {n: sha256_of(whole / n) for n in names}
     assert not (out / ".journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (KeyboardInterrupt(), True),
+        (UnreachableError("the Hub does not answer."), True),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (ExportError("what was written is not what was meant."), False),
+        (CheckpointError("a shard of the base is torn."), False),
+        (ValueError("a bug"), False),
+    ],
+)
+def test_what_breaks_a_merge_off_leaves_its_finished_shards_and_what_fails_it_does_not(
+    tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kept: bool
+) -> None:
+    base, out, work = tools.checkpoint(), tmp_path / "out", tmp_path / ".out.unfinished"
+
+    def broken_off(*args: Any, **kwargs: Any) -> Any:
+        for count, pair in enumerate(write_shards(*args, **kwargs)):
+            yield pair
+            if count == 1:
+                raise error
+
+    monkeypatch.setattr("fvlm_export.build.write_shards", broken_off)
+    with pytest.raises(ExportError if isinstance(error, OSError) else type(error)):
+        merge(adapter, out, base, max_shard_size="300KB")
+    monkeypatch.undo()
+    assert not out.exists()
+    assert work.exists() == kept
+    if not kept:
+        return
+    assert all(path.name.startswith(".") or path.suffix == ".safetensors" for path in work.iterdir())
+    finished = sorted(path.name for path in work.glob("*.safetensors"))
+    assert len(finished) == 2
+    written: list[str] = []
+    real = SafetensorWriter.finish
+    monkeypatch.setattr(SafetensorWriter, "finish", lambda self: written.append(self.path.name) or real(self))
+    merge(adapter, out, base, max_shard_size="300KB")
+    assert written
+    assert not set(finished) & set(written)
+    assert sorted(path.name for path in out.glob("*.safetensors")) == sorted([*finished, *written])
 
 
 def run_and_kill(arguments: tuple[Path, Path, Path], after: float | None) -> float:

@@ -101,7 +101,7 @@ def push_to_hub_merged(
     parent = None if working_dir is None else Path(working_dir).expanduser()
     with tempfile.TemporaryDirectory(prefix="fvlm-push-", dir=parent) as staging:
         name = repo.repo_id.rsplit("/", 1)[-1]
-        with WorkFolder(Path(staging) / name, overwrite=False) as work:
+        with WorkFolder(Path(staging) / name, overwrite=False, resumable=False) as work:
             job.run(work.path, name, options, repo.add if delete_uploaded else None)
             return _send(repo, work.path, message, save_method)
 

@@ -62,6 +62,10 @@ class Shard(Protocol):
         """Say that no tensor will be needed again."""
 
 
+class UnreachableError(CheckpointError):
+    """The Hub did not give what was asked for; it may the next time."""
+
+
 class RemoteShard:
     """One safetensors file on the Hub.
 
@@ -185,11 +189,11 @@ def open_shards(source: Source, folder: Path) -> Sequence[Shard]:
     ]
 
 
-def _unreachable(source: Source, name: str, error: Exception) -> CheckpointError:
+def _unreachable(source: Source, name: str, error: Exception) -> UnreachableError:
     cause = cause_of(error)
     status = status_of(cause)
     what = type(cause).__name__ if status is None else f"status {status}"
-    return CheckpointError(
+    return UnreachableError(
         f"{name} of {source.name!r} cannot be had from the Hub ({what}): check the name, the revision, the network "
         "and the token."
     )

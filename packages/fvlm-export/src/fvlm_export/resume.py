@@ -1,4 +1,4 @@
-"""Which shards an earlier, killed run of the same merge has finished.
+"""Which shards an earlier run of the same merge, killed or interrupted, has finished.
 
 The work folder keeps a journal: the key of the merge, then one line for each finished shard. A later run with the same
 key takes those shards over after reading them once more; with any other key, or with none, it starts afresh.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -41,8 +43,10 @@ class Journal:
                 and not path.name.startswith(".")
             ):
                 path.unlink()
-        if not self._done:
-            self._path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        lines = [{"key": key}, *(asdict(file) for file in self._done.values())]
+        partial = folder / f"{JOURNAL}.partial"  # written anew, lest a line follow one that was cut
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(partial, self._path)
 
     def finished(self, name: str) -> WrittenFile | None:
         """Return a shard that is finished and still what it was; a damaged one is removed."""
@@ -63,6 +67,29 @@ class Journal:
     def close(self) -> None:
         """Remove the journal; the folder is finished."""
         self._path.unlink(missing_ok=True)
+
+
+def keep_finished(folder: Path, also: frozenset[str]) -> int:
+    """Remove from a work folder all that is not finished.
+
+    Args:
+        folder: the work folder.
+        also: names of what else stays, if any shard does.
+
+    Returns:
+        How many finished shards are left; 0: there is nothing that a rerun could take over, and nothing was removed.
+    """
+    finished = [name for name in _noted(folder / JOURNAL) if (folder / name).is_file()]
+    if not finished:
+        return 0
+    for path in folder.iterdir():
+        if path.name in also or path.name == JOURNAL or path.name in finished:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    return len(finished)
 
 
 def merge_key(plan: Plan, changes: Mapping[str, list[Change]], facts: Mapping[str, str]) -> str:
@@ -107,6 +134,18 @@ def _hash_change(digest: hashlib._Hash, change: Change) -> None:
     for tensor in tensors:
         if tensor is not None:
             digest.update(as_bytes(tensor.cpu()))
+
+
+def _noted(path: Path) -> dict[str, WrittenFile]:
+    """Return the shards that a journal names, whichever merge that a later run can repeat it is of."""
+    if not path.is_file():
+        return {}
+    first, *_ = path.read_text(encoding="utf-8").splitlines() or ["{}"]
+    try:
+        key = json.loads(first).get("key")
+    except (ValueError, AttributeError):
+        return {}
+    return {} if key is None else _read(path, key)
 
 
 def _read(path: Path, key: str) -> dict[str, WrittenFile]:

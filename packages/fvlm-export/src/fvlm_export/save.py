@@ -72,7 +72,7 @@ def save_pretrained_merged(
     Raises:
         ConfigError: an argument cannot be used, or the output exists.
         CheckpointError: the adapter or the base is missing, torn, or they do not fit each other.
-        ExportError: the result could not be written or proved; nothing was left behind.
+        ExportError: the result could not be written or proved; nothing that looks finished was left behind.
     """
     job = Job(model_or_adapter_dir, processor, save_method, base, adapters, token, trust_remote_code)
     training = Training(data, metrics or {})

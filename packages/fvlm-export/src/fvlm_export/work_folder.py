@@ -1,8 +1,9 @@
 """The folder that a result is built in, and the one moment at which it becomes the output.
 
 Everything is written into a hidden folder beside the output and renamed into place when it is whole. Until then the
-output is what it was before; a run that fails removes what it wrote, and one that is killed leaves only the hidden
-folder.
+output is what it was before. A run that fails removes what it wrote, except where something outside broke it off: a
+full disk, the network, Ctrl-C. Then the shards that were finished and proved stay in the hidden folder, as a killed run
+leaves them, and the same merge takes them over.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import shutil
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeGuard
 
 from fvlm_core.errors import ConfigError, ExportError
+from fvlm_export.remote import UnreachableError
+from fvlm_export.resume import keep_finished
 
 LOCK, SCRATCH = ".lock", ".base"  # neither is part of the result
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
@@ -25,20 +28,25 @@ _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 
 
+class NoSpaceError(ExportError):
+    """A disk has no room for a result."""
+
+
 class WorkFolder:
-    """A context in which a result is built; leaving it with an exception removes what was built.
+    """A context in which a result is built; leaving it with an exception removes what was built and is not resumable.
 
     Args:
         output: where the result goes.
         overwrite: whether an existing output may be replaced.
+        resumable: whether finished shards stay where a run was broken off.
 
     Raises:
         ConfigError: the output exists and may not be replaced, or is a file.
         ExportError: the folder cannot be made.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool) -> None:
-        self.output = output
+    def __init__(self, output: Path, *, overwrite: bool, resumable: bool = True) -> None:
+        self.output, self._resumable = output, resumable
         self._lock: TextIO
         self.path = output.parent / f".{output.name}.unfinished"
         if output.exists() and not output.is_dir():
@@ -60,10 +68,22 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        kept = self._keep(value) if self._resumable and value is not None else 0
+        if not kept:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
-        if isinstance(value, OSError) and value.errno in _WRITE_ERRORS:
-            raise _cannot_write(self.path, value) from value
+        if _is_write_error(value):
+            raise _cannot_write(self.path, value, kept) from value
+
+    def _keep(self, error: BaseException) -> int:
+        """Keep the finished shards where they are as right as before; return how many there are."""
+        full = isinstance(error, NoSpaceError) or _is_write_error(error)
+        if not full and not isinstance(error, (KeyboardInterrupt, UnreachableError)):
+            return 0
+        try:
+            return keep_finished(self.path, frozenset({LOCK} if full else {LOCK, SCRATCH}))
+        except OSError:  # a disk that cannot even be read
+            return 0
 
     def publish(self) -> None:
         """Make the finished folder the output, in one step."""
@@ -110,11 +130,16 @@ def check_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ExportError(
+        raise NoSpaceError(
             f"{folder} has {free / 1e9:,.2f} GB free and the result needs {needed / 1e9:,.2f} GB; free some space or "
             "choose another output folder."
         )
 
 
-def _cannot_write(path: Path, error: OSError) -> ExportError:
-    return ExportError(f"{error.filename or path} cannot be written ({error.strerror}); nothing was left behind.")
+def _is_write_error(error: BaseException | None) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno in _WRITE_ERRORS
+
+
+def _cannot_write(path: Path, error: OSError, kept: int = 0) -> ExportError:
+    left = f"{kept} finished shards stay in {path} for the same merge" if kept else "nothing was left behind"
+    return ExportError(f"{error.filename or path} cannot be written ({error.strerror}); {left}.")

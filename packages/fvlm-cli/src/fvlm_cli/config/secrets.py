@@ -1,4 +1,9 @@
-"""Values of a config that come from environment variables which hold secrets: saved as they were written."""
+"""Values of a config that stand for others, `${oc.env:NAME}` or `${model.token}`: saved as they were written.
+
+Any of them may hold a secret, whatever its variable or key is called. What a checkpoint depends on is the exception: it
+is saved as what it stands for, so that a resumed run can be compared with it, unless its variable's name says that it
+is a secret. PEFT writes the same into the adapter's own config.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,22 @@ _SECRET = re.compile(r"\$\{oc\.env:[^}]*?(TOKEN|KEY|SECRET|PASSW)", re.IGNORECAS
 
 Place = tuple[str | int, ...]
 
+# What must stay the same for a checkpoint to fit: these keys are compared when a run is resumed.
+FIXED = (("model", "name"), ("model", "revision"), ("model", "precision"), ("lora",))
+
 
 def secrets_of(written: Any) -> dict[Place, str]:
-    """Return where a config refers to such variables, with what it says there: `${oc.env:WANDB_API_KEY}`.
+    """Return where a config refers to variables or other keys, with what it says there: `${oc.env:WANDB_API_KEY}`.
 
     Args:
         written: the config, interpolations unresolved.
     """
-    return {place: text for place, text in _texts(written, ()) if _SECRET.search(text)}
+    return {place: text for place, text in _texts(written, ()) if "${" in text and _hidden(place, text)}
+
+
+def _hidden(place: Place, text: str) -> bool:
+    fixed = any(place[: len(key)] == key for key in FIXED)
+    return not fixed or _SECRET.search(text) is not None
 
 
 def hide(plain: Any, secrets: dict[Place, str]) -> None:

@@ -13,10 +13,8 @@ from typing import Any
 import yaml
 
 from fvlm_cli.config.schema import TrainConfig
+from fvlm_cli.config.secrets import FIXED
 from fvlm_core.errors import ConfigError
-
-# What must stay the same for a checkpoint to fit: these keys are compared when a run is resumed.
-_FIXED = (("model", "name"), ("model", "revision"), ("model", "precision"), ("lora",))
 
 
 class RunFolder:
@@ -84,7 +82,7 @@ class RunFolder:
         except yaml.YAMLError:
             raise ConfigError(f"{self.config} is damaged; start anew with save.overwrite=true.") from None
         now = config.to_save()
-        for path in _FIXED:
+        for path in FIXED:
             key = ".".join(path)
             old, new = _at(before, path), _at(now, path)
             if isinstance(old, dict) and isinstance(new, dict):

@@ -137,6 +137,21 @@ def test_truncation_cuts_trailing_text_only(family, shared_model_of, processor_o
     assert "row 11" in caplog.text
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_media_token_is_ever_cut(family, shared_model_of, processor_of, ask):
+    model, processor = shared_model_of(family), processor_of(family)
+    whole = FastVisionDataCollator(model, processor)
+    ids = whole([ask(images=2)])["input_ids"][0]
+    media_end = int(torch.isin(ids, torch.tensor(sorted(whole.media_ids))).nonzero()[-1]) + 1
+    for limit in (media_end - 1, media_end // 2 + 1):
+        collator = FastVisionDataCollator(model, processor, max_seq_length=limit)
+        with pytest.raises(DataError, match="left out"):
+            collator([ask(images=2)])
+        assert (collator.overflow_counts.skipped, collator.overflow_counts.truncated) == (1, 0)
+    collator = FastVisionDataCollator(model, processor, max_seq_length=media_end + 4)
+    assert torch.equal(collator([ask(images=2)])["input_ids"][0], ids[: media_end + 4])
+
+
 def test_what_cannot_be_cut_is_left_out_and_counted(parts, ask, caplog):
     wide = NumberedSample(ask(images=4), 3)
     collator = FastVisionDataCollator(*parts, max_seq_length=30)

@@ -119,6 +119,30 @@ def test_messages_with_train_false_are_not_learned(parts):
     assert learned(FastVisionDataCollator(*parts, train_on_responses_only=True), sample) == "second<|im_end|>"
 
 
+@pytest.mark.parametrize("silent", range(4))
+def test_train_false_reaches_a_message_anywhere(parts, silent):
+    texts = ("one?", "first", "two?", "second")
+    sample = turns(*texts)
+    sample["messages"][silent]["train"] = False
+    whole = learned(FastVisionDataCollator(*parts), sample)
+    assert [text in whole for text in texts] == [number != silent for number in range(4)]
+    role = "user" if silent % 2 == 0 else "assistant"
+    assert whole.count(f"{role}\n") == 1  # of two turns, this one's mark is not learned either
+
+
+def test_a_sample_that_learns_its_first_token_alone_is_an_error(parts):
+    model, processor = parts
+    processor.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}x{% endgeneration %}"
+        "{% else %} and a question{% endif %}{% endfor %}"
+    )
+    collator = FastVisionDataCollator(model, processor, train_on_responses_only=True)
+    asked, answered = turns("q", "a")["messages"]
+    assert learned(collator, {"messages": [asked, answered]}) == "x"
+    with pytest.raises(DataError, match="holds no token to learn"):  # nothing stands before it to predict it from
+        collator([{"messages": [answered, asked]}])
+
+
 def test_nothing_to_learn_is_an_error(parts):
     sample = turns("one?", "first")
     sample["messages"][1]["train"] = False

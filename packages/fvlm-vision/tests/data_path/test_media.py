@@ -60,12 +60,27 @@ def test_every_kind_of_source_gives_the_same_pixels(picture, tmp_path):
         np.testing.assert_array_equal(read(source), expected)
 
 
-def test_exif_rotation_is_applied(picture):
+TURNS = {  # of the pixels that are stored, by EXIF orientation, to the upright picture
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_exif_rotation_is_applied(picture, orientation):
     image = picture(8, 4)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise to show
-    expected = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
-    np.testing.assert_array_equal(read(encoded(image, exif=exif)), expected)
+    exif[0x0112] = orientation
+    expected = TURNS[orientation](np.asarray(image))
+    data = encoded(image, exif=exif)
+    np.testing.assert_array_equal(read(data), expected)
+    assert ImageReader().size(data) == expected.shape[1::-1]
 
 
 def test_transparency_lies_on_white():
@@ -79,8 +94,8 @@ def test_transparency_lies_on_white():
 
 
 def test_other_modes_become_rgb():
-    grey16 = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
-    np.testing.assert_array_equal(read(encoded(grey16))[0, :, 0], [0, 128, 255])
+    grey16 = Image.fromarray(np.array([[0, 32895, 32896, 65535]], dtype=np.uint16))
+    np.testing.assert_array_equal(read(encoded(grey16))[0, :, 0], [0, 127, 128, 255])
     cmyk = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
     red, green, blue = read(encoded(cmyk, "JPEG", quality=100))[0, 0]
     assert red > 245

@@ -62,7 +62,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def row_blocks(n: int, tile: int = 4096, per_thread: int = 32) -> tuple[int, int, int]:
+def row_blocks(n: int, tile: int = 4096, per_thread: int = 32, min_warps: int = 4) -> tuple[int, int, int]:
     """Shape the launch of a kernel in which one program holds whole rows in registers.
 
     Narrow rows (the 1024 to 1280 columns of vision towers, the 64 to 256 of head norms) share a program, so that every
@@ -73,13 +73,14 @@ def row_blocks(n: int, tile: int = 4096, per_thread: int = 32) -> tuple[int, int
         n: columns of a row.
         tile: elements that one program should hold.
         per_thread: elements that one thread should hold; fewer where a kernel keeps several tiles in registers.
+        min_warps: warps of a program at least.
 
     Returns:
         ``(BLOCK_M, BLOCK_N, num_warps)``: rows and columns of a program's tile, both powers of two, and its warps.
     """
     block_n = next_power_of_two(n)
     block_m = max(1, tile // block_n)
-    num_warps = min(16, max(4, block_m * block_n // (32 * per_thread)))
+    num_warps = min(16, max(min_warps, block_m * block_n // (32 * per_thread)))
     return block_m, block_n, num_warps
 
 

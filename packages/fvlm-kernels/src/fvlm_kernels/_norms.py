@@ -76,7 +76,9 @@ def check_width(op: str, n: int) -> None:
         raise ValueError(f'{op}: rows of {n} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
 
 
-def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int]:
+def deal_rows(
+    device: torch.device, m: int, n: int, summing: bool, small: bool = False
+) -> tuple[int, int, int, int, int]:
     """Deal out ``m`` rows of ``n`` columns to the programs of a norm's backward pass.
 
     Args:
@@ -85,11 +87,16 @@ def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int,
         n: columns.
         summing: whether weight gradients are summed: then few programs take many blocks of rows each, with fewer
             elements to a thread, since they carry the sums along; else each takes one.
+        small: whether rows of up to 2048 columns go to twice as many programs, of half the rows and two warps each.
 
     Returns:
         ``(programs, blocks of each, BLOCK_M, BLOCK_N, num_warps)``.
     """
-    block_m, block_n, num_warps = row_blocks(n, per_thread=16 if summing else 32)
+    small = small and n <= 2048
+    if small:
+        block_m, block_n, num_warps = row_blocks(n, tile=2048, min_warps=2)
+    else:
+        block_m, block_n, num_warps = row_blocks(n, per_thread=16 if summing else 32)
     blocks = cdiv(m, block_m)
-    share = cdiv(blocks, persistent_programs(device, blocks)) if summing else 1
+    share = cdiv(blocks, persistent_programs(device, blocks, 4 if small else 2)) if summing else 1
     return cdiv(blocks, max(share, 1)), share, block_m, block_n, num_warps

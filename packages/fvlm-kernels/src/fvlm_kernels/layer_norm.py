@@ -220,7 +220,8 @@ def _layer_norm_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
     (m, n), dx = kept.shape, h.new_empty(h.shape)
-    programs, share, block_m, block_n, num_warps = deal_rows(h.device, m, n, need_dweight or need_dbias)
+    summing = need_dweight or need_dbias
+    programs, share, block_m, block_n, num_warps = deal_rows(h.device, m, n, summing, small=True)
     partial_weight = h.new_empty((programs if need_dweight else 0, n), dtype=torch.float32)
     partial_bias = h.new_empty((programs if need_dbias else 0, n), dtype=torch.float32)
     launch(

@@ -108,7 +108,8 @@ def launch_quantized():
     ops.nf4_dequantize(packed, absmax, None, None, None, 64, (n, k), dtype)
     ops.nf4_dequantize(packed, *nested, 64, (n, k), dtype)
     for rows in (1, 2, 8):
-        ops.nf4_matvec(torch.randn(rows, k, dtype=dtype), packed, *nested, 64, n)
+        for size in (n, 18944):  # a program takes one row of a small weight, and several of a large one
+            ops.nf4_matvec(torch.randn(rows, k, dtype=dtype), packed, *nested, 64, size)
     ops.int8_dequantize(torch.ones(n, k, dtype=torch.int8), torch.ones(n), dtype)
 
 

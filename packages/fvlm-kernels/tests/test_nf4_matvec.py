@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fvlm_kernels import nf4_matvec, quantize_nf4
-from fvlm_kernels.nf4_matvec import _shape_of_launch, matvec_weight
+from fvlm_kernels.nf4_matvec import _block_n, _shape_of_launch, matvec_weight
 from fvlm_kernels.testing import assert_deterministic, check_against_reference, randn, strided
 
-SHAPES = [(16, 64), (5, 72), (1, 8), (40, 320), (9, 2056)]  # the last is split over programs
+SHAPES = [(16, 64), (5, 72), (1, 8), (40, 320), (9, 2056), (9, 2560)]  # the last two are split over programs
 
 
 def weight_of(shape, device, nested=True, blocksize=64):
@@ -30,8 +30,12 @@ def test_policy(shape, nested, dtype, device):
     check(weight_of(shape, device, nested), randn(1, shape[1], dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("programs", [1, 1024])
 @pytest.mark.parametrize("rows", [2, 3, 8])
-def test_several_rows(rows, dtype, device):
+def test_several_rows(rows, programs, dtype, device, monkeypatch):
+    """Also where one row takes other numbers of rows of the weight together than several rows do."""
+    monkeypatch.setattr(sys.modules[_shape_of_launch.__module__], "PROGRAMS", programs)
+    assert (_block_n(9, 1, 16, 1), _block_n(9, rows, 16, 1)) == {1: (4, 2 if rows == 8 else 4), 1024: (1, 1)}[programs]
     weight = weight_of((9, 72), device)
     x = randn(rows, 72, dtype=dtype, device=device)
     check(weight, x)
@@ -40,15 +44,44 @@ def test_several_rows(rows, dtype, device):
 
 
 def test_split_rows_are_tested():
-    assert _shape_of_launch(9, 2056 // 8)[2:] == (3, 1)
-    assert _shape_of_launch(40, 40)[2:] == (1, 1)
-    assert _shape_of_launch(151936, 192)[2:] == (1, 2)  # the head of Qwen2-VL-2B loops over its width
+    assert _shape_of_launch(9, 2056 // 8) == (128, 1, 3, 1)  # an odd number of words: one a thread
+    assert _shape_of_launch(40, 40) == (32, 2, 1, 1)
+    assert _shape_of_launch(9, 320) == (128, 2, 2, 1)
+    assert _shape_of_launch(1536, 1120) == (128, 2, 1, 5)  # enough rows: a program loops over their width
+    assert _shape_of_launch(8960, 192) == (32, 2, 1, 3)
 
 
-def test_a_program_that_loops(device, monkeypatch):
+@pytest.mark.parametrize("width", [2056, 2560], ids=["a word a thread", "two words a thread"])
+def test_a_program_that_loops(width, device, monkeypatch):
     monkeypatch.setattr(sys.modules[_shape_of_launch.__module__], "PROGRAMS", 1)
-    assert _shape_of_launch(9, 2056 // 8)[2:] == (1, 3)
-    check(weight_of((9, 2056), device), randn(2, 2056, dtype=torch.float32, device=device))
+    assert _shape_of_launch(9, width // 8)[2:] == (1, 3 if width == 2056 else 2)
+    check(weight_of((9, width), device), randn(2, width, dtype=torch.float32, device=device))
+
+
+def test_programs_of_one_warp_that_loop(device, monkeypatch):
+    """As of many rows."""
+    monkeypatch.setattr(sys.modules[_shape_of_launch.__module__], "MANY_ROWS", 1)
+    monkeypatch.setattr(sys.modules[_shape_of_launch.__module__], "PROGRAMS", 1)
+    assert _shape_of_launch(9, 40) == (32, 2, 1, 1)
+    assert _shape_of_launch(9, 320) == (32, 2, 1, 5)
+    for width in (320, 2560):
+        check(weight_of((9, width), device), randn(2, width, dtype=torch.float32, device=device))
+
+
+def test_how_many_rows_of_the_weight_a_program_takes():
+    assert [_block_n(18944, rows, 32, 1) for rows in (1, 4, 5, 8)] == [4, 4, 2, 2]
+    assert [_block_n(n, 1, 32, 1) for n in (64, 2048, 4096)] == [1, 2, 4]
+    assert [_block_n(n, 1, 128, 1) for n in (64, 2048, 4096)] == [1, 2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [2056, 2560])
+def test_codes_looked_up_in_memory_give_the_same_bits(width, monkeypatch):
+    """What Triton's interpreter and other GPUs run."""
+    weight, x = weight_of((9, width), "cuda"), randn(3, width, dtype=torch.bfloat16, device="cuda")
+    shuffled = matvec_weight(x, weight)
+    monkeypatch.setattr(sys.modules[_shape_of_launch.__module__], "SHUFFLES", False)
+    assert torch.equal(matvec_weight(x, weight), shuffled)
 
 
 @pytest.mark.parametrize("blocksize", [32, 256])
@@ -92,7 +125,9 @@ def test_equals_the_parts_given_apart(device):
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_nothing_beyond_the_tensors_counts_or_is_written(rows, nested, device, monkeypatch):
-    """9 rows are not whole blocks of 4, nor 24 words one of 32: NaN lies behind the scales, and must stay behind y."""
+    """9 rows are not whole blocks of 4, nor 12 pairs of words one of 16: NaN behind the scales must stay behind y."""
+    monkeypatch.setattr(sys.modules[_shape_of_launch.__module__], "PROGRAMS", 1)
+    assert _block_n(9, rows, 16, 1) == 4
     weight = weight_of((9, 192), device, nested)
     scale = weight.nested_absmax if nested else weight.absmax
     padded = torch.cat((scale, scale.new_full((64,), float("nan"))))[: scale.numel()]

@@ -18,6 +18,7 @@ import torch
 from ._elementwise import activate
 from ._launch import cdiv, launch, next_power_of_two
 from ._library import register
+from ._nf4_words import load_scale
 from ._triton import tl, triton
 from .nf4 import cached_table, words_of
 from .nf4_format import NESTED_BLOCKSIZE
@@ -195,13 +196,9 @@ def _products_kernel(
             mask = offs_w < tl.where(n < N, WORDS, 0)
             at = n.to(tl.int64) * WORDS + offs_w
             words = tl.load(codes_ptr + at, mask=mask, other=0)
-            scale_at = at // (BLOCKSIZE // 8)
-            if NESTED:
-                q = tl.load(scales_ptr + scale_at, mask=mask, other=0).to(tl.int32)
-                nested = tl.load(second_ptr + scale_at // NESTED_BLOCK, mask=mask, other=0.0)
-                absmax = tl.load(dequant_ptr + q) * nested + tl.load(shift_ptr)
-            else:
-                absmax = tl.load(scales_ptr + scale_at, mask=mask, other=0.0).to(tl.float32)
+            absmax = load_scale(
+                at // (BLOCKSIZE // 8), mask, scales_ptr, second_ptr, dequant_ptr, shift_ptr, NESTED, NESTED_BLOCK
+            )
             # Bytes lie in order within a little-endian word, but in each byte the high half comes first.
             values = tl.load(table_ptr + ((words[:, None] >> ((e ^ 1) * 4)[None, :]) & 15))
             for m in tl.static_range(M):

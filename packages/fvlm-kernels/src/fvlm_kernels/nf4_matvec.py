@@ -6,16 +6,17 @@ Maths (the format is described in :mod:`.nf4_format`), for one to eight rows of 
 
 There is no gradient: this is for decoding, and an x that asks for one is refused.
 
-Numerics. Nested absmaxes are decoded as in :mod:`.nf4`. Eight codes share a 4-byte word and an absmax: their products
-with x are summed in fp32, multiplied by the absmax, and summed over words in fp32, so w is never rounded to x's dtype,
-and y is rounded once. A row of y is summed in an order that depends on the weight's shape alone, partial sums of split
-rows being added in a fixed order: two runs give the same bits, and a row's result does not depend on the others.
+Numerics. Nested absmaxes are decoded as in :mod:`.nf4`. The sixteen codes of two neighbouring 4-byte words share an
+absmax: their products with x are summed in fp32, multiplied by the absmax, and summed over words in fp32, so w is never
+rounded to x's dtype, and y is rounded once. A row of y is summed in an order that depends on the weight's shape alone,
+partial sums of split rows being added in a fixed order: two runs give the same bits, and a row's result does not depend
+on the others.
 
 Half a byte is read for each element of W, so eight rows cost about as much memory traffic as one. A width that is no
 multiple of 8, or codes that do not begin at a 4-byte boundary, go through :mod:`.nf4` and a matrix product.
 """
 
-# mypy: allow-untyped-defs, disable-error-code=assignment
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
 # ruff: noqa: RUF005
 # (for the kernel: Triton types its arguments and its growing tuples, and knows no starred ones)
 
@@ -37,13 +38,18 @@ from ._launch import (
     without_autocast,
 )
 from ._library import register
+from ._nf4_words import SHUFFLES, decode_word, eight_columns, load_scale, load_words, values_by_lane
 from ._triton import tl, triton
 from .nf4 import cached_table, dequantize_parts, words_of
 from .nf4_format import NESTED_BLOCKSIZE, NF4Weight, Parts
 
 MAX_ROWS = 8
+MANY_ROWS = 8192
+"""From how many rows on a program is one warp, whose sums need no shared memory; of fewer rows each gets four warps."""
+WORDS_A_THREAD = (2, 1)
+"""How many neighbouring words of a row a thread takes at a time, the first that divides the row."""
 PROGRAMS = 1024
-"""How many programs a launch should have at least, where rows can be split for it; several for every processor."""
+"""How many programs a launch should have at least; rows are split for it, whose parts take another launch to add up."""
 
 
 def _ref(x: torch.Tensor, parts: Parts, blocksize: int, shape: Sequence[int], *, triton: bool = False) -> torch.Tensor:
@@ -71,38 +77,54 @@ def _nf4_matvec_kernel(
     NESTED_BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PER: tl.constexpr,
+    LARGE: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):
-    # One word a thread: its eight codes, their values and the eight columns of x never leave the thread's registers.
+    # A thread takes PER neighbouring words of each row: their codes, values and columns of x stay in its registers.
     first = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
+    threads = tl.arange(0, BLOCK_T)
     e = tl.arange(0, 8)
+    lane_values = values_by_lane(table_ptr, threads, SHUFFLE)
     sums = ()
     for _ in tl.static_range(BLOCK_N * M):
-        sums = sums + (tl.zeros((BLOCK_W,), dtype=tl.float32),)
+        sums = sums + (tl.zeros((BLOCK_T,), dtype=tl.float32),)
     for i in range(ITERATIONS):
-        offs_w = (split * ITERATIONS + i) * BLOCK_W + tl.arange(0, BLOCK_W)
-        mask_w = offs_w < WORDS
-        xs = ()
-        for m in tl.static_range(M):
-            at_x = m * stride_x + offs_w[:, None] * 8 + e[None, :]
-            xs = xs + (tl.load(x_ptr + at_x, mask=mask_w[:, None], other=0.0).to(tl.float32),)
+        offs_t = (split * ITERATIONS + i) * BLOCK_T + threads
+        mask = offs_t < WORDS // PER
+        words = ()
+        scales = ()
+        products = ()
+        for r in tl.static_range(BLOCK_N):
+            row = tl.minimum(first + r, N - 1)  # rows behind the last are computed again, and not stored
+            at = (row.to(tl.int64) if LARGE else row) * (WORDS // PER) + offs_t
+            words = words + load_words(packed_ptr, at, mask, BLOCK_T, PER)
+            block = at // (BLOCKSIZE // (8 * PER))
+            scale = load_scale(block, mask, absmax_ptr, nested_ptr, code_ptr, offset_ptr, NESTED, NESTED_BLOCK)
+            scales = scales + (scale,)
+            for _ in tl.static_range(M):
+                products = products + (tl.zeros((BLOCK_T,), dtype=tl.float32),)
+        for j in tl.static_range(PER):
+            xs = ()
+            for m in tl.static_range(M):
+                at_x = m * stride_x + (offs_t[:, None] * PER + j) * 8 + e[None, :]
+                x = tl.load(x_ptr + at_x, mask=mask[:, None], other=0.0).to(tl.float32)
+                xs = xs + eight_columns(x, BLOCK_T)
+            more = ()
+            for r in tl.static_range(BLOCK_N):
+                values = decode_word(words[r * PER + j], lane_values, table_ptr, SHUFFLE)
+                for m in tl.static_range(M):
+                    product = products[r * M + m]
+                    for c in tl.static_range(8):
+                        product += values[c] * xs[m * 8 + c]
+                    more = more + (product,)
+            products = more
         more = ()
         for r in tl.static_range(BLOCK_N):
-            mask = offs_w < tl.where(first + r < N, WORDS, 0)  # Triton 3.9's interpreter cannot widen a scalar bool
-            at = (first + r).to(tl.int64) * WORDS + offs_w
-            words = tl.load(packed_ptr + at, mask=mask, other=0)
-            block = at // (BLOCKSIZE // 8)
-            if NESTED:
-                q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-                nested = tl.load(nested_ptr + block // NESTED_BLOCK, mask=mask, other=0.0)
-                absmax = tl.load(code_ptr + q) * nested + tl.load(offset_ptr)
-            else:
-                absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0).to(tl.float32)
-            # Bytes lie in order within a little-endian word, but in each byte the high half comes first.
-            values = tl.load(table_ptr + ((words[:, None] >> ((e ^ 1) * 4)[None, :]) & 15))
             for m in tl.static_range(M):
-                more = more + (sums[r * M + m] + tl.sum(values * xs[m], axis=1) * absmax,)
+                more = more + (sums[r * M + m] + products[r * M + m] * scales[r],)
         sums = more
     for r in tl.static_range(BLOCK_N):
         for m in tl.static_range(M):
@@ -111,12 +133,19 @@ def _nf4_matvec_kernel(
 
 
 def _shape_of_launch(n: int, words: int) -> tuple[int, int, int, int]:
-    """Return ``(BLOCK_N, BLOCK_W, splits, iterations)`` from the weight's shape alone."""
-    block_n, block_w = 4, min(128, next_power_of_two(words))
-    steps = cdiv(words, block_w)
-    splits = max(1, min(steps, cdiv(PROGRAMS, cdiv(n, block_n))))
+    """Return ``(BLOCK_T, PER, splits, iterations)`` from the weight's shape alone: they order the sums of a row."""
+    per = next(p for p in WORDS_A_THREAD if words % p == 0)
+    block_t = min(32 if n >= MANY_ROWS else 128, next_power_of_two(words // per))
+    steps = cdiv(words // per, block_t)
+    splits = max(1, min(steps, PROGRAMS // n))
     iterations = cdiv(steps, splits)
-    return block_n, block_w, cdiv(steps, iterations), iterations
+    return block_t, per, cdiv(steps, iterations), iterations
+
+
+def _block_n(n: int, rows: int, block_t: int, splits: int) -> int:
+    """Return how many rows of W a program takes: as many as leave enough programs, and registers for all sums."""
+    most = 4 if block_t <= 32 else 2
+    return next((b for b in (4, 2) if b <= most and cdiv(n, b) * splits >= PROGRAMS and b * rows <= 2 * MAX_ROWS), 1)
 
 
 def _matvec(
@@ -135,7 +164,8 @@ def _matvec(
         return _ref(x, (packed, absmax, nested_absmax, code, offset), blocksize, (n, k), triton=True)
     rows = rows_of(x)
     m = rows.shape[0]
-    block_n, block_w, splits, iterations = _shape_of_launch(n, k // 8)
+    block_t, per, splits, iterations = _shape_of_launch(n, k // 8)
+    block_n = _block_n(n, m, block_t, splits)
     y = x.new_empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32)
     launch(
         _nf4_matvec_kernel,
@@ -157,8 +187,11 @@ def _matvec(
         NESTED_BLOCK=NESTED_BLOCKSIZE,
         ITERATIONS=iterations,
         BLOCK_N=block_n,
-        BLOCK_W=block_w,
-        num_warps=4,
+        BLOCK_T=block_t,
+        PER=per,
+        LARGE=n * k >= 2**31,
+        SHUFFLE=SHUFFLES,
+        num_warps=max(1, block_t // 32),
     )
     whole = y[0] if splits == 1 else y.sum(0).to(x.dtype)
     return whole.view(*x.shape[:-1], n)

@@ -212,6 +212,15 @@ def latest(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def trackers(session: nox.Session) -> None:
+    """Report runs to wandb and trackio themselves; outside the lock, for they hold other packages back."""
+    install_wheels(session, "cli", *test_tools())
+    session.install("wandb", "trackio")
+    session.env["FVLM_TRACKERS"] = "1"
+    pytest(session, str(folder("cli") / "tests" / "test_cli_trackers.py"))
+
+
+@nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a GPU, and fail where there is none."""
     sync(session, "--all-packages")

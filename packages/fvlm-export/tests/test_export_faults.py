@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import resource
@@ -231,8 +232,10 @@ def test_disk_that_fills_up(tools: Any, adapter: Path, tmp_path: Path, monkeypat
     assert empty(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ExportError, match=r"GB free and the result needs"):
+    with pytest.raises(ExportError, match=r"GB free and the result needs") as caught:
         merge(adapter, tmp_path / "out", base)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC, "by which the command's exit code is chosen"
     assert empty(tmp_path)
 
 

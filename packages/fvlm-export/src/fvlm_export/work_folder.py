@@ -133,7 +133,7 @@ def check_space(folder: Path, needed: int) -> None:
         raise NoSpaceError(
             f"{folder} has {free / 1e9:,.2f} GB free and the result needs {needed / 1e9:,.2f} GB; free some space or "
             "choose another output folder."
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what a disk that fills up later says
 
 
 def _is_write_error(error: BaseException | None) -> TypeGuard[OSError]:

@@ -145,11 +145,11 @@ def test_recorded_layers_equal_stock(tiny, family, targets, padded):
     for _ in range(3):
         assert_same_step(step(model, batch), stock)
     assert graphs.replayed == 2 * graphs.recorded > 0
-    assert_only_causal_layers_are_rounded(family, targets, padded, batch["input_ids"].shape[1], graphs)
+    assert_only_text_layers_are_rounded(family, targets, batch["input_ids"].shape[1], graphs)
 
 
-def assert_only_causal_layers_are_rounded(family, targets, padded, tokens, graphs):
-    rounded = tokens if padded else -(-tokens // 64) * 64
+def assert_only_text_layers_are_rounded(family, targets, tokens, graphs):
+    rounded = -(-tokens // 64) * 64
     assert tokens % 64 > 0
     found = recordings_of(graphs)
     if family == "mllama":
@@ -160,7 +160,7 @@ def assert_only_causal_layers_are_rounded(family, targets, padded, tokens, graph
             assert found.pop("MllamaCrossAttentionDecoderLayer") == (tokens, 2)
         assert found.pop("MllamaVisionEncoderLayer")[1] == 5
     elif family == "gemma3":  # image tokens see each other both ways, so there is always a mask
-        assert found.pop("Gemma3DecoderLayer") == (tokens, 3)
+        assert found.pop("Gemma3DecoderLayer") == (rounded, 3)
         assert found.pop("SiglipEncoderLayer") == (16, 2)
     else:
         assert found.pop("MistralDecoderLayer") == (rounded, 2)
@@ -177,7 +177,9 @@ def test_full_finetuning_trains_gates_norms_and_convolutions(tiny, family):
     torch.testing.assert_close(ours[0], stock[0])
     assert set(ours[1]) == set(stock[1])
     for name, expected in stock[1].items():
-        assert (ours[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-8, name
+        assert (ours[1][name] - expected).norm() <= 1e-5 * expected.norm() + 5e-8, (
+            name
+        )  # a gate's is one sum over all that cancels
 
 
 def test_eager_attention_equals_stock_and_gives_its_weights(model, batch):

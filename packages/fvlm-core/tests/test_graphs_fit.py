@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from family_tools import TRAINED, picture
+from family_tools import TRAINED, family_batch, picture
 from fused_tools import QWEN, adapted_model, assert_same_step, make_batch, recorded, step, without_mask
 from transformers import AutoProcessor
 
 from fvlm_core import Precision
-from fvlm_core.arch import facts_for
+from fvlm_core.arch import facts_for, task_model
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs.fit import Fits, in_eighths
 
@@ -191,6 +191,29 @@ def test_pixtral_images_of_new_sizes_share_a_recording(tiny):
     assert 0 < len(stages_of(graphs, "PixtralAttentionLayer")) <= 2
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_text_under_a_mask_of_new_lengths_shares_a_recording(tiny, attention):
+    """Image tokens of Gemma 3 see each other; what a longer batch left in the recording's mask is seen by nobody."""
+    model = adapted_model(tiny("gemma3"), targets=TRAINED)
+    task_model(model).set_attn_implementation(attention)
+    fuse_model(model)
+    batches = []
+    for number, length in enumerate((64, 64, 50, 61, 40, 64)):
+        batch = family_batch(tiny("gemma3"), model, (1,), number)
+        tokens = batch["input_ids"].shape[1]
+        more = torch.randint(300, 500, (1, length - tokens), generator=torch.Generator().manual_seed(number))
+        long = {name: torch.cat([batch[name], more], 1) for name in ("input_ids", "labels")}
+        long["token_type_ids"] = torch.nn.functional.pad(batch["token_type_ids"], (0, length - tokens))
+        batches.append({"pixel_values": batch["pixel_values"], **long})
+    expected = [step(model, batch) for batch in batches]
+    graphs = recorded(model)
+    for batch, stock in zip(batches, expected, strict=True):
+        assert_same_step(step(model, batch), stock)
+    assert [stage.tokens for stage in stages_of(graphs, "Gemma3DecoderLayer")] == [64]
+    layers = task_model(model).model.language_model.layers
+    assert graphs.replayed >= 5 * len(layers)
+
+
 def test_segments_behind_the_patches_are_no_longer_than_the_longest():
     segments = torch.tensor([0, 16, 64, 100], dtype=torch.int32)
     fits = Fits()
@@ -213,6 +236,13 @@ def test_padded_segments_never_look_like_segments_of_one_length(tiny):
     *_, fit = Fits().of(block, torch.zeros(110, 64), kwargs, torch.float32)
     assert fit.tokens == 128
     assert (fit.kwargs["cu_seqlens"].numel() - 1) * fit.kwargs["max_seqlen"] != fit.tokens
+
+
+def test_segments_padded_for_one_longest_are_not_handed_out_for_another():
+    segments = torch.tensor([0, 16, 64, 100], dtype=torch.int32)
+    fits = Fits()
+    fits._with_rest(segments, 100, 512, 64)
+    assert fits._with_rest(segments, 100, 512, 20).diff()[3:].max() <= 20
 
 
 @pytest.mark.gpu

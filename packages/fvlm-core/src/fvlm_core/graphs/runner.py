@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
 from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
-from fvlm_core.graphs.fit import Fit, Fits, is_causal
+from fvlm_core.graphs.fit import Fit, Fits, is_text
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
 from fvlm_core.graphs.stage import Arena, Key, Stage
@@ -36,10 +36,10 @@ OFTEN = 8
 _FIRST_GUESS = 1 << 28
 """Bytes that the first layer of a kind is taken to keep, before one is recorded."""
 _OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
-"""What the names of arguments start with that transformers hands to every layer, and that causal layers do not read."""
+"""What the names of arguments start with that transformers hands to every layer, and that text layers do not read."""
 
 _OF_TEXT = (PACKED_STARTS, PACKED_LONGEST)
-"""The same for layers that are not causal."""
+"""The same for layers that are none of a language model's."""
 
 Saving = Callable[[], AbstractContextManager[Any]]
 _Prepared = tuple[RecordedLayer, tuple[Any, ...]]
@@ -113,7 +113,7 @@ class LayerGraphs:
             return None
         hidden = args[0]
         kwargs = {**dict(zip(_names_behind_the_first(type(module).forward), args[1:], strict=False)), **layer.keywords}
-        others = _OF_OTHERS if is_causal(module) else _OF_TEXT
+        others = _OF_OTHERS if is_text(module) else _OF_TEXT
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(others)}
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -14,6 +14,12 @@ from fvlm_kernels import AttentionResiduals
 Key = tuple[Any, ...]
 TOKEN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
 """Keyword arguments of a decoder layer that have a token axis, and which it is."""
+_MASK = "attention_mask"
+
+
+def is_square_mask(name: str, value: Any, tokens: int) -> bool:
+    """Whether a keyword argument says of each token which tokens it sees, ``(rows, 1, tokens, tokens)``."""
+    return name == _MASK and isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] == (tokens, tokens)
 
 
 def describe(kwargs: Mapping[str, Any], tokens: int | None, fixed: tuple[str, ...] = ()) -> Key | None:
@@ -37,7 +43,9 @@ def describe(kwargs: Mapping[str, Any], tokens: int | None, fixed: tuple[str, ..
             if not isinstance(tensor, Tensor) or tensor.requires_grad:
                 return None
             shape = list(tensor.shape)
-            if tokens is not None and name not in fixed:
+            if tokens is not None and is_square_mask(name, tensor, tokens):
+                shape[-2:] = [-1, -1]
+            elif tokens is not None and name not in fixed:
                 axis = TOKEN_AXES.get(name)
                 if axis is None or shape[axis] != tokens:
                     return None
@@ -46,10 +54,10 @@ def describe(kwargs: Mapping[str, Any], tokens: int | None, fixed: tuple[str, ..
     return tuple(parts)
 
 
-def can_round_up(kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether all tensors among a layer's keyword arguments have a known token axis."""
+def can_round_up(kwargs: Mapping[str, Any], tokens: int) -> bool:
+    """Tell whether all tensors among a layer's keyword arguments have a known token axis, or are a mask of tokens."""
     return all(
-        name in TOKEN_AXES
+        name in TOKEN_AXES or is_square_mask(name, value, tokens)
         for name, value in kwargs.items()
         if not (value is None or isinstance(value, bool | int | float | str))
     )
@@ -95,16 +103,18 @@ class Stage:
     def __init__(self, hidden: Tensor, kwargs: Mapping[str, Any], tokens: int, needs_dx: bool, arena: Arena) -> None:
         shape = (*hidden.shape[:-2], tokens, hidden.shape[-1])
         self.tokens, self.needs_dx, self._arena = tokens, needs_dx, arena
-        self._rounded = tokens != hidden.shape[-2]
         self.x, self.y, self.dy = (arena.room(role, hidden, shape) for role in ("x", "y", "dy"))
         self.dx = arena.room("dx", hidden, shape) if needs_dx else None
         self.kwargs = {name: self._room_for(name, value, hidden.shape[-2]) for name, value in kwargs.items()}
+        self._masks = {name for name, value in kwargs.items() if is_square_mask(name, value, hidden.shape[-2])}
         self._loaded: tuple[Any, ...] = ()
         self._gradients: dict[Key, tuple[Tensor, list[Tensor]]] = {}
 
     def _room_for(self, name: str, value: Any, given: int) -> Any:
         if isinstance(value, Tensor):
             shape = list(value.shape)
+            if is_square_mask(name, value, given):
+                shape[-2:] = [self.tokens, self.tokens]
             if name in TOKEN_AXES and shape[TOKEN_AXES[name]] == given:
                 shape[TOKEN_AXES[name]] = self.tokens
             return value.new_zeros(shape)
@@ -116,8 +126,10 @@ class Stage:
         """Copy keyword arguments, given in the order of the first ones, unless they are those that lie here already."""
         if len(values) == len(self._loaded) and all(a is b for a, b in zip(values, self._loaded, strict=True)):
             return
-        for room, value in zip(self.kwargs.values(), values, strict=True):
-            if isinstance(room, tuple):
+        for (name, room), value in zip(self.kwargs.items(), values, strict=True):
+            if name in self._masks:
+                _fill_mask(room, value)
+            elif isinstance(room, tuple):
                 for part, source in zip(room, value, strict=True):
                     _fill(part, source)
             elif isinstance(room, Tensor):
@@ -167,6 +179,15 @@ class Stage:
             views = [part.view(p.shape) for part, p in zip(flat.split(sizes), parameters, strict=True)]
             self._gradients[key] = flat, views
         return self._gradients[key]
+
+
+def _fill_mask(room: Tensor, source: Tensor) -> None:
+    """Copy a mask of tokens; the tokens behind see themselves alone, so that no softmax is over nothing."""
+    given, room = source.shape[-1], room.data
+    seen, unseen = (True, False) if room.dtype == torch.bool else (0.0, torch.finfo(room.dtype).min)
+    room.fill_(unseen)
+    room.diagonal(dim1=-2, dim2=-1)[..., given:].fill_(seen)
+    room[..., :given, :given].copy_(source)
 
 
 def _fill(room: Tensor, source: Tensor) -> None:

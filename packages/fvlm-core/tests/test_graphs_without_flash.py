@@ -1,4 +1,4 @@
-"""Where a GPU has no flash attention, segments of several lengths are read on the host: those layers run as they are."""
+"""Without flash attention on a GPU, segments of several lengths are read on the host: those layers run as they are."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ from fvlm_export.bases import CheckpointBase
 from fvlm_export.changes import Change
 from fvlm_export.quantized import RoundTrip
 from fvlm_export.record import Training
-from fvlm_export.remote import Shard, open_shards
+from fvlm_export.remote import Shard, commit_of, open_shards
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.skeleton import skeleton_of
 from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype
@@ -62,7 +62,7 @@ def task_from_folder(
     source = _base_of(folder, folders, base, token)
     raw = read_config(source, trust_remote_code)
     config = _load_config(source, trust_remote_code)
-    commit = vars(config).get("_commit_hash") if source.folder is None else None
+    commit = commit_of(source.name, source.revision, config) if source.folder is None else None
     if commit is not None:
         source = replace(source, revision=commit)  # whatever is pushed there meanwhile
     skeleton = skeleton_of(config, trust=trust_remote_code)

@@ -24,6 +24,7 @@ from fvlm_export.adapters import adapters_to_merge, changes_base, changes_of
 from fvlm_export.bases import CheckpointBase, LiveBase
 from fvlm_export.layout import conversions_of
 from fvlm_export.live import LiveModel, look_at
+from fvlm_export.remote import commit_of
 from fvlm_export.resume import hash_of_changes
 from fvlm_export.safetensor_file import SafetensorFile
 from fvlm_export.skeleton import plain_config, skeleton_of
@@ -76,7 +77,7 @@ def task_from_model(
         "files_from": [known] if known else [],
         "live": live,
         "trust": origin is not None and origin.trust,
-        "revision": vars(live.base.config).get("_commit_hash")
+        "revision": commit_of(known.name, origin.revision, live.base.config)
         if known and origin and known.name == origin.source
         else None,
     }
@@ -119,9 +120,8 @@ def _provenance(live: LiveModel) -> Provenance | None:
         return None
     quantizer = live.base.__dict__.get("hf_quantizer")
     stored = quantizer is not None and bool(quantizer.pre_quantized)
-    return Provenance(
-        name, vars(live.base.config).get("_commit_hash"), stored, live.base.dtype, live.base.is_custom_code()
-    )
+    commit = commit_of(name, None, live.base.config)
+    return Provenance(name, commit, stored, live.base.dtype, live.base.is_custom_code())
 
 
 def _choose(

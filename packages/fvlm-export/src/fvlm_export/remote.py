@@ -189,6 +189,23 @@ def open_shards(source: Source, folder: Path) -> Sequence[Shard]:
     ]
 
 
+def commit_of(name: str, revision: str | None, config: object) -> str | None:
+    """Return the commit on the Hub that a config came from, or None where it is not known.
+
+    transformers noted it in the config before 5.24; since then the folder of the cache tells that the config lies in.
+
+    Args:
+        name: of the repository, or a folder, which has no commit.
+        revision: that was asked for.
+        config: as transformers loaded it.
+    """
+    noted: str | None = vars(config).get("_commit_hash")
+    if noted is not None or Path(name).is_dir():
+        return noted
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def _unreachable(source: Source, name: str, error: Exception) -> UnreachableError:
     cause = cause_of(error)
     status = status_of(cause)

@@ -23,6 +23,7 @@ import huggingface_hub
 import pytest
 
 TOKEN = "hf_testtokenthatmustnevershow"
+COMMIT = "0" * 40  # of whatever lies there
 READ_ONLY = "hf_readonlytokenofsomebody"
 
 
@@ -232,9 +233,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, body: bytes, name: str, revision: str | None = None) -> None:
         files = self.files(name, revision or "main")
         if files is not None:
-            sha = hashlib.sha1(repr(sorted(files)).encode()).hexdigest()
             siblings = [{"rfilename": path} for path in files]
-            self.answer(200, {"id": name, "sha": sha, "siblings": siblings, "private": False, "tags": []})
+            self.answer(200, {"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
 
     def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         files = self.files(name, revision)
@@ -246,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked:
             content, status = content[int(asked[1]) : int(asked[2] or len(content)) + 1], 206
-        headers = {"ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"', "X-Repo-Commit": "0" * 40}
+        headers = {"ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"', "X-Repo-Commit": COMMIT}
         return self.answer(status, content, headers)
 
     def valid(self, body: bytes) -> None:

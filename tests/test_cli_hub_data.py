@@ -71,7 +71,7 @@ def hub() -> Iterator[Any]:
     module.Handler.hub = made
     handler = module.Handler
     module.ROUTES += [
-        ("GET", rf"/api/datasets/{NAME}/tree/([^/]+)(?:/.*)?", handler.tree),
+        ("GET", rf"/api/datasets/{NAME}/tree/([^/]+)(?:/(.*))?", handler.tree),
         ("POST", rf"/api/datasets/{NAME}/paths-info/(.+)", paths_info),
         ("GET", rf"/api/datasets/{NAME}/revision/(.+)", handler.info),
         ("GET", rf"/api/datasets/{NAME}", handler.info),

@@ -132,7 +132,10 @@ def test_full_finetuning_equals_stocks(folder):
     other = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
     FastVisionModel.for_training(model)
     batch = batch_for(model, processor)
-    assert_same(gradients(model, batch), gradients(other, plain(batch, processor)))
+    expected = gradients(other, plain(batch, processor))
+    for mode in (False, True, "offload"):
+        apply_checkpointing(model, mode)
+        assert_same(gradients(model, batch), expected)
 
 
 def test_a_curve_of_32_steps_is_stocks(folder):

@@ -115,7 +115,7 @@ def test_a_size_that_comes_to_be_most_of_its_kind_gets_a_recording_of_its_own(ti
 
 def test_the_count_of_shapes_stays_small(tiny, monkeypatch):
     """Sizes that never repeat run in longer recordings for as long as training lasts; each is counted."""
-    monkeypatch.setattr("fvlm_core.graphs.runner._MOST_SEEN", 4)
+    monkeypatch.setattr("fvlm_core.graphs.sightings._MOST_SEEN", 4)
     model = adapted_model(tiny("qwen2_vl"))
     fuse_model(model)
     graphs = recorded(model)
@@ -123,7 +123,7 @@ def test_the_count_of_shapes_stays_small(tiny, monkeypatch):
     for seed, grids in enumerate(sizes):
         step(model, sized_batch(model, grids, seed))
     assert graphs.replayed > 0
-    assert max(len(seen) for seen in graphs._seen.values()) <= 4 + 2
+    assert max(len(seen) for seen in graphs._sightings._seen.values()) <= 4 + 2
 
 
 def test_text_of_new_lengths_shares_a_recording(tiny):

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from fvlm_core.errors import ConfigError
 from fvlm_core.graphs import LayerGraphs, module_of
 from fvlm_core.offload import all_offloaded, offloaded
+from fvlm_core.repeat import RandomState, once_more
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +77,13 @@ class Recompute:
             out = self.graphs.run(layer, args, all_offloaded if self.offload else None)
             if out is not None:
                 return out
+            if self.graphs.holds:
+                start = RandomState(next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu")))
+                graphs = self.graphs
+                return once_more(lambda: self._unrecorded(layer, args), lambda: graphs.give_back() and start.restore())
+        return self._unrecorded(layer, args)
+
+    def _unrecorded(self, layer: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if not _carries_gradient(layer, args):
             return layer(*args)
         if self.offload and args and isinstance(args[0], torch.Tensor):

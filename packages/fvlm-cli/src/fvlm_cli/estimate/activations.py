@@ -64,14 +64,14 @@ def _text_step() -> int:
 
 
 def recorded_sizes(sizes: Sequence[int], step: int) -> list[int]:
-    """Return which sizes recordings are made of, as `fvlm_core.graphs.runner` decides, in two rounds over the data.
+    """Return which sizes recordings are made of, as `fvlm_core.graphs.sightings` decides, in two rounds over the data.
 
     Args:
         sizes: tokens or patches of batches, in order.
         step: what a recording of just one size is rounded up to.
     """
     from fvlm_core.graphs.fit import in_eighths
-    from fvlm_core.graphs.runner import OFTEN
+    from fvlm_core.graphs.sightings import OFTEN
 
     made: set[int] = set()
     seen: Counter[int] = Counter()

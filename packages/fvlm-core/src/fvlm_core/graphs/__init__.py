@@ -14,6 +14,7 @@ recording.
 
 from __future__ import annotations
 
-from fvlm_core.graphs.runner import LayerGraphs, module_of
+from fvlm_core.graphs.calls import module_of
+from fvlm_core.graphs.runner import LayerGraphs
 
 __all__ = ["LayerGraphs", "module_of"]

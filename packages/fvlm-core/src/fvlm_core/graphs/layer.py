@@ -14,6 +14,7 @@ from fvlm_core.graphs.stage import Stage
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import Recorder, Tape
 from fvlm_core.passes import LayerPass, running
+from fvlm_core.repeat import once_more
 from fvlm_kernels import AttentionResiduals, LoRALinear
 
 Autocast = torch.dtype | None
@@ -67,6 +68,7 @@ class RecordedLayer:
         self._attention: list[AttentionResiduals | None] = []
         """Where in the stage the results of attention lie that are kept between the passes."""
         self._sizes = [p.numel() for p in self.trained]
+        self._released = False
 
     def _copy_adapters(self, dtype: torch.dtype, copies: Copies) -> None:
         for linear, one in self.state.pairs():
@@ -105,7 +107,7 @@ class RecordedLayer:
         """What is recorded as the backward pass: the forward pass again, but for what is known, and the gradients."""
         self._refresh()
         x = self.stage.x.detach().requires_grad_(self.stage.needs_dx)
-        second = LayerPass(True, self._attention, None if self.kept else self._keep_from)
+        second = LayerPass(True, self._attention, self._keep_from)
         with torch.enable_grad(), self._prepared(), running(second):
             y = self._run(x)
         self._differentiate(x, y, keep=False)
@@ -170,6 +172,7 @@ class RecordedLayer:
             keep: whether what the forward pass computes stays in memory for the backward pass.
         """
         if keep and self._has_gradients:
+            self._keep_from, self._attention = None, []  # should it compute again after all, then from its input alone
             self._forward_tape = self._recorder.record(self.work_forward_kept)
             self._kept_backward_tape = self._recorder.record(self.work_backward_kept)
             return
@@ -191,8 +194,7 @@ class RecordedLayer:
         return stage.take(stage.y, hidden.shape[-2]), [place.clone() for place in self._places()]
 
     def _places(self) -> list[Tensor]:
-        known = [] if self.kept else [one for one in self._attention if one is not None]
-        return [place for one in known for place in (one.out, one.logsumexp)]
+        return [place for one in self._attention if one is not None for place in (one.out, one.logsumexp)]
 
     def backward_kept(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """Replay the backward pass of the last forward pass; see `backward`."""
@@ -210,10 +212,18 @@ class RecordedLayer:
         """Replay the backward pass of what was loaded; return the gradients of the input and of trained parameters."""
         stage = self.stage
         stage.load(stage.dy, dy)
+        if self._released:
+            self.work_backward()
+            return self._results(dy)
         if self._backward_tape is None:
             self._backward_tape = self._recorder.record(self.work_backward)
         _replay(self._backward_tape)
         return self._results(dy)
+
+    def release(self) -> None:
+        """Give up the recordings and the memory that they hold; a backward pass that is still due runs unrecorded."""
+        self._released, self._held = True, None
+        self._forward_tape = self._backward_tape = self._kept_backward_tape = None
 
     def _results(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         stage = self.stage
@@ -240,12 +250,22 @@ def _put(rooms: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
 
 
 class Replay(torch.autograd.Function):
-    """A recorded layer in the autograd graph. Arguments: it, its keyword arguments, the input, its parameters."""
+    """A recorded layer in the autograd graph.
+
+    Arguments: it, its keyword arguments, what gives memory back where it runs out, the input, its parameters.
+    """
 
     @staticmethod
-    def forward(ctx: Any, layer: RecordedLayer, values: tuple[Any, ...], hidden: Tensor, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        layer: RecordedLayer,
+        values: tuple[Any, ...],
+        give_back: Callable[[], bool],
+        hidden: Tensor,
+        *trained: Tensor,
+    ) -> Tensor:
         """Replay the forward pass; autograd keeps the input, and what attention gave where the layer says so."""
-        ctx.layer, ctx.values = layer, values
+        ctx.layer, ctx.values, ctx.give_back = layer, values, give_back
         layer.stage.load_arguments(values)
         out, kept = layer.forward(hidden)
         ctx.save_for_backward(hidden, *kept)
@@ -254,12 +274,16 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Replay the backward pass; of a layer that keeps nothing, or something newer by now, from its input."""
-        layer: RecordedLayer = ctx.layer
-        layer.stage.load_arguments(ctx.values)
-        if layer.kept and ctx.number == layer.passes:
-            dx, parameters = layer.backward_kept(grads[0])
-        else:
-            layer.load_saved(*ctx.saved_tensors)  # they may have come from the host: nothing holds them from here on
-            dx, parameters = layer.backward(grads[0])
-        return None, None, dx, *parameters
+        """Replay the backward pass; if memory runs out, run it unrecorded once other layers have given theirs back."""
+        dx, parameters = once_more(lambda: _gradients(ctx, grads[0]), ctx.give_back)
+        return None, None, None, dx, *parameters
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Replay a backward pass; of a layer that keeps nothing, or something newer by now, from its input."""
+    layer: RecordedLayer = ctx.layer
+    layer.stage.load_arguments(ctx.values)
+    if layer.kept and ctx.number == layer.passes:
+        return layer.backward_kept(dy)
+    layer.load_saved(*ctx.saved_tensors)  # they may have come from the host: nothing holds them from here on
+    return layer.backward(dy)

@@ -11,6 +11,9 @@ _SPARE_BYTES = 1 << 30
 _MARGIN = 1.5
 """How many times its own size a kept layer must find free: what runs beside it needs room as well."""
 
+_PLANS = 4
+"""How often a plan is made, the last one being to keep nothing."""
+
 
 class Room:
     """Decides layer by layer whether what it computed may stay in memory for its backward pass.
@@ -28,6 +31,9 @@ class Room:
             raise ConfigError(f"memory_budget={budget!r} is no amount of memory: pass GiB above 0, or None.")
         self.budget = budget
         self.kept_bytes = 0
+        self.most = float("inf")
+        """How many bytes may be kept in all, whatever else seems free: less each time that memory ran out."""
+        self._lowered = 0
 
     def left(self, device: torch.device) -> float:
         """Return how many bytes may still be held."""
@@ -42,4 +48,13 @@ class Room:
 
     def has_for(self, size: int, device: torch.device) -> bool:
         """Tell whether a layer of ``size`` bytes may be kept."""
-        return _MARGIN * size <= self.left(device)
+        return self.kept_bytes + size <= self.most and _MARGIN * size <= self.left(device)
+
+    def lower(self) -> None:
+        """Note that memory ran out, and that nothing is kept now: half as much may be from now on, and at last nothing.
+
+        Plans are made anew a few times only, since each time all layers are recorded again.
+        """
+        self._lowered += 1
+        self.most = self.kept_bytes // 2 if self._lowered < _PLANS else 0
+        self.kept_bytes = 0

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
-from inspect import signature
-from types import MethodType
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,22 +15,21 @@ from torch import Tensor, nn
 
 from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
 from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
+from fvlm_core.graphs.calls import module_of, names_behind_the_first
 from fvlm_core.graphs.fit import Fit, Fits, is_text
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
+from fvlm_core.graphs.sightings import Sightings
 from fvlm_core.graphs.stage import Arena, Key, Stage
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
 from fvlm_core.passes import KEEP_FROM
+from fvlm_core.repeat import once_more
 
 logger = logging.getLogger(__name__)
 
 MOST_STAGES = 64
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
-_MOST_SEEN = 1024
-"""How many shapes that came are counted of a layer before the count starts anew."""
-OFTEN = 8
-"""How often a shape comes in a longer recording before it may get one of its own."""
 _FIRST_GUESS = 1 << 28
 """Bytes that the first layer of a kind is taken to keep, before one is recorded."""
 _OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
@@ -70,9 +67,7 @@ class LayerGraphs:
         self.keep = False
         self._recorders: dict[torch.device, Recorder] = {}
         self._stages: OrderedDict[Key, _Kind] = OrderedDict()
-        self._seen: WeakKeyDictionary[nn.Module, Counter[Key]] = WeakKeyDictionary()
-        self._varied: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        """How many recordings of longer shapes than its own a layer got."""
+        self._sightings = Sightings()
         self._trained: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._copies, self._arena, self._fits = Copies(), Arena(), Fits()
         self._off = False
@@ -98,21 +93,64 @@ class LayerGraphs:
             saving: makes the context in which autograd saves what a layer keeps that computes the rest again, such as
                 one that moves it to the host; None: it keeps the hidden state alone, where it is.
         """
+        try:
+            return once_more(lambda: self._replayed(layer, args, saving), self.give_back)
+        except torch.OutOfMemoryError:
+            return None  # a recording takes more than the layer as it is, which says it if that is too much as well
+
+    def _replayed(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving | None) -> Tensor | None:
         found = self._prepared(layer, args, None if saving is None else self._keep_from)
         if found is None:
             return None
         recorded, values = found
         self.replayed += 1
         with nullcontext() if recorded.kept or saving is None else saving():
-            out: Tensor = Replay.apply(recorded, values, args[0], *recorded.trained)  # type: ignore[no-untyped-call]
+            out: Tensor = Replay.apply(  # type: ignore[no-untyped-call]
+                recorded, values, self.give_back, args[0], *recorded.trained
+            )
         return out
+
+    @property
+    def holds(self) -> bool:
+        """Whether layers hold memory between their passes that `give_back` would free."""
+        return self._room.kept_bytes > 0
+
+    def give_back(self) -> bool:
+        """Free what layers keep, since memory ran out, and let them keep less from now on.
+
+        It may be called at any time, also between the two passes of a layer: backward passes that are still due compute
+        again what is gone. All recordings go, because they share memory; they are made anew when their shapes come.
+
+        Returns:
+            Whether there was anything to give back.
+        """
+        if not self.holds:
+            return False
+        for recorder in self._recorders.values():
+            recorder.forget()
+        for kind in self._stages.values():
+            for layer in kind.layers.values():
+                layer.release()
+            kind.layers.clear()
+            kind.told = False
+        if any(device.type == "cuda" for device in self._recorders):
+            torch.cuda.empty_cache()  # what records finds no memory that is cached elsewhere
+        before = self._room.kept_bytes
+        self._room.lower()
+        logger.warning(
+            "Memory ran out while layers kept %.2f GiB for their backward passes: they give it back, compute again "
+            "instead, and keep at most %.2f GiB from now on.",
+            before / 2**30,
+            self._room.most / 2**30,
+        )
+        return True
 
     def _prepared(self, layer: Callable[..., Any], args: tuple[Any, ...], keep_from: int | None) -> _Prepared | None:
         module = module_of(layer)
         if self._off or module is None or not isinstance(layer, partial) or not args or not self._suits(args[0]):
             return None
         hidden = args[0]
-        kwargs = {**dict(zip(_names_behind_the_first(type(module).forward), args[1:], strict=False)), **layer.keywords}
+        kwargs = {**dict(zip(names_behind_the_first(type(module).forward), args[1:], strict=False)), **layer.keywords}
         others = _OF_OTHERS if is_text(module) else _OF_TEXT
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(others)}
         device = hidden.device.type
@@ -126,9 +164,9 @@ class LayerGraphs:
                 continue
             found.append(((type(module), (*hidden.shape[:-2], fit.tokens, hidden.shape[-1]), *state, fit.about), fit))
             recorded = self._recorded(module, found[-1][0])
-            if recorded is not None and (len(found) == 1 or not self._outgrown(module, found[0][0], found[1][0])):
+            if recorded is not None and (len(found) == 1 or not self._sightings.outgrown(module, found)):
                 return recorded, tuple(fit.kwargs.values())
-        chosen = self._worth_recording(module, found)
+        chosen = self._sightings.worth_recording(module, found)
         return None if chosen is None else self._new(module, layer, hidden, *chosen, autocast, keep_from, needs_dx)
 
     def _recorded(self, module: nn.Module, key: Key) -> RecordedLayer | None:
@@ -138,37 +176,6 @@ class LayerGraphs:
         self._stages.move_to_end(key)
         recorded = kind.layers.get(module)
         return recorded if recorded is not None and recorded.state.holds() else None
-
-    def _counted(self, module: nn.Module, *keys: Key) -> Counter[Key]:
-        """Count a call of a layer by what it fits; return the layer's counts."""
-        seen = self._seen.setdefault(module, Counter())
-        if len(seen) > _MOST_SEEN:  # shapes that never repeat
-            seen.clear()
-        seen.update(keys)
-        return seen
-
-    def _outgrown(self, module: nn.Module, close: Key, wide: Key) -> bool:
-        """Count a call that runs in a longer recording; tell whether its own shape has come to be most of those."""
-        seen = self._counted(module, close, wide)
-        return seen[close] > OFTEN and 2 * seen[close] > seen[wide]
-
-    def _worth_recording(self, module: nn.Module, found: list[tuple[Key, Fit]]) -> tuple[Key, Fit] | None:
-        """Count a call; return which of the recordings that it fits is to be made now, or None for none.
-
-        A shape is recorded when it comes for the second time; a close one, rather than the longer one that others fit
-        as well, if most of those that fit the longer one are of it. A layer that has come to need longer ones gets the
-        next of them at first sight.
-        """
-        seen = self._counted(module, *(key for key, _ in found))
-        if not found:
-            return None
-        (close, fit), (wide, other) = found[0], found[-1]
-        if seen[close] > 1 and 2 * seen[close] > seen[wide]:
-            return close, fit
-        if seen[wide] > 1 or (wide != close and self._varied.get(module, 0) > 1):
-            self._varied[module] = self._varied.get(module, 0) + (wide != close)
-            return wide, other
-        return None
 
     def _trains(self, module: nn.Module) -> bool:
         """Whether a layer had trained parameters when it was first met; a wrong answer costs time, never a gradient."""
@@ -245,8 +252,7 @@ class LayerGraphs:
     def _new_kind(self, key: Key, stage: Stage) -> _Kind:
         while len(self._stages) >= MOST_STAGES:
             old, dropped = self._stages.popitem(last=False)
-            for seen in self._seen.values():
-                seen.pop(old, None)  # it must come twice again
+            self._sightings.forget(old)  # it must come twice again
             self._room.kept_bytes -= dropped.kept_bytes * sum(layer.kept for layer in dropped.layers.values())
         kind = self._stages[key] = _Kind(stage)
         logger.info("Recording %s for hidden states of shape %s.", key[0].__name__, tuple(key[1]))
@@ -264,20 +270,6 @@ def _made(rehearse: bool, memory_budget: float | None, keep_attention_from: int,
     return graphs
 
 
-def module_of(layer: Callable[..., Any]) -> nn.Module | None:
-    """Return the module whose call or forward is about to be checkpointed, or None.
-
-    Args:
-        layer: what transformers hands to a checkpointing function: the keyword arguments bound to a module's method,
-            or to a function and the module.
-    """
-    if isinstance(layer, partial):
-        first = layer.args[0] if layer.args else None
-        return first if isinstance(first, nn.Module) else module_of(layer.func)
-    owner = layer.__self__ if isinstance(layer, MethodType) else layer
-    return owner if isinstance(owner, nn.Module) else None
-
-
 class _Kind:
     """The layers that are recorded for one stage."""
 
@@ -286,9 +278,3 @@ class _Kind:
         self.layers: dict[nn.Module, RecordedLayer] = {}
         self.unfit = self.told = False
         self.kept_bytes = 0
-
-
-@cache
-def _names_behind_the_first(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of a layer's arguments behind the hidden state."""
-    return tuple(signature(forward).parameters)[2:]

@@ -126,6 +126,7 @@ class Stage:
         """Copy keyword arguments, given in the order of the first ones, unless they are those that lie here already."""
         if len(values) == len(self._loaded) and all(a is b for a, b in zip(values, self._loaded, strict=True)):
             return
+        self._loaded = ()  # should a copy fail
         for (name, room), value in zip(self.kwargs.items(), values, strict=True):
             if name in self._masks:
                 _fill_mask(room, value)

@@ -27,6 +27,9 @@ class Recorder(Protocol):
     def record(self, work: Work) -> Tape:
         """Record work. Whether it also ran is left open."""
 
+    def forget(self) -> None:
+        """Give up the memory of all tapes: it is free when the last of them is gone. None is replayed any more."""
+
 
 class CudaRecorder:
     """Records CUDA graphs whose intermediate results share one pool of memory.
@@ -75,6 +78,12 @@ class CudaRecorder:
                 graph.capture_end()
         return graph
 
+    def forget(self) -> None:
+        """Wait for what is running, and use another pool from now on."""
+        torch.cuda.synchronize(self._device)
+        self._anchor = None
+        self._pool = torch.cuda.graph_pool_handle()
+
 
 class PlainRecorder:
     """Runs the work itself again: what recordings are tested with where there is no GPU."""
@@ -86,6 +95,9 @@ class PlainRecorder:
     def record(self, work: Work) -> Tape:
         """Keep it."""
         return _Again(work)
+
+    def forget(self) -> None:
+        """There is nothing to free."""
 
 
 class _Again:

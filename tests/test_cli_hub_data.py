@@ -12,8 +12,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs
 
 import datasets
 import pytest
@@ -40,30 +41,51 @@ def parquet() -> bytes:
     return out.getvalue()
 
 
+def paths_info(handler: Any, body: bytes, name: str, revision: str) -> None:
+    try:
+        wanted = json.loads(body)["paths"]
+    except json.JSONDecodeError:
+        wanted = parse_qs(body.decode())["paths"]
+    files = handler.files(name, revision) or {}
+    found = [
+        {"type": "file", "path": path, "size": len(files[path]), "oid": hashlib.sha1(files[path]).hexdigest()}
+        for path in wanted
+        if path in files
+    ]
+    handler.answer(200, found)
+
+
+def tree(handler: Any, body: bytes, name: str, revision: str, folder: str | None = None) -> None:
+    """One folder with its folders, or with ``recursive`` all below it: the client walks down level by level."""
+    files = handler.files(name, revision)
+    if files is None:
+        return
+    start = f"{folder}/" if folder else ""
+    deep = "recursive=true" in handler.path.lower()
+    below = {path: "file" for path in files if path.startswith(start)}
+    below |= {str(parent): "directory" for path in below for parent in PurePosixPath(path).parents}
+    found = [
+        {
+            "type": kind,
+            "path": path,
+            "size": len(files.get(path, b"")),
+            "oid": hashlib.sha1(path.encode()).hexdigest(),
+        }
+        for path, kind in below.items()
+        if path != "." and path.startswith(start) and (deep or "/" not in path.removeprefix(start))
+    ]
+    handler.answer(200 if found or not start else 404, found)
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Any]:
     """A Hub that has the dataset me/numbers."""
     spec = importlib.util.spec_from_file_location("hub_server_of_data", SERVER)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     sys.modules["hub_server_of_data"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-
-    def paths_info(handler: Any, body: bytes, name: str, revision: str) -> None:
-        from urllib.parse import parse_qs
-
-        try:
-            wanted = json.loads(body)["paths"]
-        except json.JSONDecodeError:
-            wanted = parse_qs(body.decode())["paths"]
-        files = handler.files(name, revision) or {}
-        found = [
-            {"type": "file", "path": path, "size": len(files[path]), "oid": hashlib.sha1(files[path]).hexdigest()}
-            for path in wanted
-            if path in files
-        ]
-        handler.answer(200, found)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), module.Handler)
     server.daemon_threads = True
@@ -71,7 +93,7 @@ def hub() -> Iterator[Any]:
     module.Handler.hub = made
     handler = module.Handler
     module.ROUTES += [
-        ("GET", rf"/api/datasets/{NAME}/tree/([^/]+)(?:/(.*))?", handler.tree),
+        ("GET", rf"/api/datasets/{NAME}/tree/([^/]+)(?:/(.*))?", tree),
         ("POST", rf"/api/datasets/{NAME}/paths-info/(.+)", paths_info),
         ("GET", rf"/api/datasets/{NAME}/revision/(.+)", handler.info),
         ("GET", rf"/api/datasets/{NAME}", handler.info),

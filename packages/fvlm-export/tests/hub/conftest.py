@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
@@ -221,28 +221,14 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return repo.branches[branch]
 
-    def tree(self, body: bytes, name: str, revision: str, folder: str | None = None) -> None:
-        """List one folder, or with ``recursive`` all that lies below it: folders too, as the real one does."""
+    def tree(self, body: bytes, name: str, revision: str) -> None:
         files = self.files(name, revision)
-        if files is None:
-            return None
-        start = f"{folder}/" if folder else ""
-        deep = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("1", "true")
-        entries: dict[str, dict[str, Any]] = {}
-        for path, content in files.items():
-            if not path.startswith(start):
-                continue
-            parts = path[len(start) :].split("/")
-            for depth in range(1, len(parts) if deep else min(len(parts), 2)):
-                inner = start + "/".join(parts[:depth])
-                oid = hashlib.sha1(inner.encode()).hexdigest()
-                entries[inner] = {"type": "directory", "path": inner, "size": 0, "oid": oid}
-            if deep or len(parts) == 1:
-                oid = hashlib.sha1(content).hexdigest()
-                entries[path] = {"type": "file", "path": path, "size": len(content), "oid": oid}
-        if start and not entries:
-            return self.answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
-        return self.answer(200, list(entries.values()))
+        if files is not None:
+            entries = [
+                {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                for p, c in files.items()
+            ]
+            self.answer(200, entries)
 
     def info(self, body: bytes, name: str, revision: str | None = None) -> None:
         files = self.files(name, revision or "main")

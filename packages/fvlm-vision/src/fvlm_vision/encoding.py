@@ -11,6 +11,7 @@ import torch
 
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_vision.expansion import adds_special_tokens, can_expand, encode_expanded
+from fvlm_vision.paligemma import taking_text_alone
 from fvlm_vision.pixels import FRAMES, SCALE, byte_processor, keeps_bytes, with_scale
 from fvlm_vision.reading import Item, placed
 from fvlm_vision.spans import Span, insertion, move, tokens_in
@@ -60,7 +61,7 @@ class Encoder:
     def __init__(
         self, processor: ProcessorMixin, pad_to_multiple_of: int | None, videos_kwargs: dict[str, Any]
     ) -> None:
-        self.processor = processor
+        self.processor = taking_text_alone(processor)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.videos_kwargs = videos_kwargs
         self.as_bytes = False

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fvlm_core.errors import DataError
 from fvlm_vision.expansion import adds_special_tokens
+from fvlm_vision.paligemma import laid_out
 from fvlm_vision.reading import placed
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class TokenCounter:
 
     def _text_tokens(self, texts: list[str]) -> list[int]:
         special = adds_special_tokens(self.processor, texts)
+        texts = [laid_out(self.processor, text) for text in texts]
         return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=special)["input_ids"]]
 
     def _tokens_of_size(self, width: int, height: int) -> int:
@@ -118,4 +120,4 @@ class TokenCounter:
         mark = (self.processor.tokenizer.bos_token or "") + token
         plain = {"add_special_tokens": False}
         whole = self.processor(text=[mark], text_kwargs=plain, **media)["input_ids"][0]
-        return len(whole) - len(self.processor.tokenizer([mark], **plain)["input_ids"][0])
+        return len(whole) - len(self.processor.tokenizer([laid_out(self.processor, mark)], **plain)["input_ids"][0])

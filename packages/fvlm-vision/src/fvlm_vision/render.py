@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.paligemma import prompt_end
 from fvlm_vision.spans import Span, complement, intersect
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ class Renderer:
                 "give a prompt and a completion as strings."
             )
         prompt, completion = (self._flat(text) for text in texts)
+        prompt += prompt_end(self.processor)
         text = prompt + completion + (self.processor.tokenizer.eos_token or "")
         return Rendered(text, [(len(prompt), len(text))])
 

@@ -12,8 +12,6 @@ from fvlm_core.testing import FAMILIES
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.rows import NumberedSample
 
-TEXT_ONLY_REFUSED = {"paligemma"}  # its processor wants an image in every batch
-
 
 @pytest.fixture
 def parts(shared_model_of, processor_of):
@@ -45,16 +43,13 @@ def same(batch, expected) -> None:
 def test_pixels_and_ids_are_those_of_the_stock_processor(family, responses_only, shared_model_of, processor_of, ask):
     processor = processor_of(family)
     collator = FastVisionDataCollator(shared_model_of(family), processor, train_on_responses_only=responses_only)
-    batches = [[1], [2, 1], [0, 0]]
-    # mllama's processor refuses mixed batches: see below; PaliGemma's mixes its own token into text without images.
-    if family not in ("mllama", "paligemma"):
+    batches = [[1], [2, 1]]
+    if family != "paligemma":  # its processor wants an image in every sample: see test_paligemma
+        batches.append([0, 0])
+    if family not in ("mllama", "paligemma"):  # mllama's processor refuses mixed batches: see below
         batches.append([0, 1, 2])
     for counts in batches:
         samples = [ask(images=count, seed=count, answer="total 5 " * (1 + count)) for count in counts]
-        if not any(counts) and family in TEXT_ONLY_REFUSED:
-            with pytest.raises(DataError, match="images"):
-                collator(samples)
-            continue
         expected = stock(processor, samples)
         batch = collator(samples)
         same(batch, expected)
@@ -79,20 +74,6 @@ def test_mllama_takes_text_beside_images(shared_model_of, processor_of, ask):
     assert not any(part.any() for part in text_row)
     with torch.no_grad():
         assert torch.isfinite(model(**batch).logits).all()
-
-
-def test_paligemma_learns_nothing_that_it_has_seen(shared_model_of, processor_of, model_of, ask, picture):
-    """Its prefix sees both ways: changing a learned token must not change what is predicted before it."""
-    processor, model = processor_of("paligemma"), model_of("paligemma").eval()
-    collator = FastVisionDataCollator(shared_model_of("paligemma"), processor, train_on_responses_only=True)
-    batch = collator([ask(answer="total 5 date 7")])
-    first = int((batch["labels"][0] != -100).nonzero()[0])
-    model.train()  # the mask of training
-    with torch.no_grad():
-        before = model(**batch).logits[0, :first]
-        batch["input_ids"][0, first + 1] += 1
-        after = model(**batch).logits[0, :first]
-    torch.testing.assert_close(before, after, rtol=0, atol=0)
 
 
 def test_resolution_changes_only_when_asked(parts, ask, picture):

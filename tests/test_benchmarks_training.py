@@ -92,3 +92,29 @@ def test_every_published_size_is_held_to_its_number_of_parameters(run):
 
     (marks,) = test_the_checkpoints_are_of_the_published_sizes.pytestmark
     assert [name for name, _ in marks.args[1]] == list(PUBLISHED)
+
+
+def test_what_a_step_waits_for_data_is_told(run, tmp_path, capsys, monkeypatch):
+    import time
+
+    from benchmarks.training import waiting
+
+    from fvlm_vision import FastVisionDataCollator
+
+    call = FastVisionDataCollator.__call__
+
+    def slow(self, samples):
+        time.sleep(0.1)
+        return call(self, samples)
+
+    monkeypatch.setattr(FastVisionDataCollator, "__call__", slow)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["tiny", str(tmp_path / "tiny"), "--workload", "toy", "--workers", "0", "--steps", "3", "--warmup", "1"]
+    assert waiting.main([*arguments, "--optim", "adamw_torch", "--out", str(out)]) == 0
+    ready, live = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    assert ready["losses"] == live["losses"]
+    assert ready["wait_s"] < 0.05
+    assert live["wait_s"] > 0.2  # two batches a step
+    assert live["step_s"] > live["wait_s"]
+    assert live["loader_images_s"] < 20
+    assert "0 workers" in capsys.readouterr().out

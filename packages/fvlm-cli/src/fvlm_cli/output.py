@@ -22,12 +22,13 @@ class Output:
         json: the result, or the error, is one JSON object on stdout.
     """
 
+    _machine: IO[str] | None = None  # the process's own stdout, once nothing else may reach it
+
     def __init__(self, *, debug: bool = False, quiet: bool = False, json: bool = False) -> None:
         self.debug = debug
         self.quiet = quiet
         self.json = json
         self._stderr: Console | None = None
-        self._machine: IO[str] | None = None
 
     @property
     def stderr(self) -> Console:
@@ -57,7 +58,7 @@ class Output:
         if not self.json or self._machine is not None or stdout is not sys.__stdout__ or stdout is None:
             return  # somebody who calls this from Python has put a stdout of their own there
         stdout.flush()
-        self._machine = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        Output._machine = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
     def _print_json(self, data: Mapping[str, Any]) -> None:
@@ -88,3 +89,16 @@ class Output:
             logger.handlers = [handler]
             logger.setLevel(level)
             logger.propagate = False
+
+
+def flush() -> None:
+    """Write out what was printed, while a reader that has gone can still be told from a bug."""
+    if sys.stdout is not None:  # None where the shell closed it
+        sys.stdout.flush()
+
+
+def leave_quietly() -> int:
+    """Let what is still to be written go nowhere, and return the exit code of output that nobody reads."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    return 1

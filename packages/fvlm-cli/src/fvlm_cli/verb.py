@@ -12,6 +12,7 @@ import typer
 
 from fvlm_cli.exits import HANDLED, Exit, judge
 from fvlm_cli.output import Output
+from fvlm_cli.usage import check_settings
 
 _PANEL = "Every verb"
 _OPTIONS = {
@@ -34,11 +35,16 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         for name, annotation in _OPTIONS.items()
     ]
 
+    # Of a name `batch_size` and an annotation that gives its options no others, Typer makes --batch-size.
+    options = [f"--{parameter.name.replace('_', '-')}" for parameter in [*own, *common] if parameter.name != "settings"]
+
     @functools.wraps(function)
     def command(**given: Any) -> None:
         out = Output(**{name: given.pop(name) for name in _OPTIONS})
         out.start_log()
         try:
+            if given.get("settings"):
+                check_settings(given["settings"], options)
             function(**given, out=out)
         except BrokenPipeError:  # whoever read our output has had enough: typer ends quietly
             raise

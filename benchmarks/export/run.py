@@ -1,13 +1,15 @@
 """Time a merge beside `cp` of the same checkpoint on the same disk, or measure its memory under a limit.
 
     python -m benchmarks.export.run FOLDER [--gb 16] [--device cpu cuda] [--cores 8] [--cold] [--repeat 1]
-        [--no-verify-too] [--out FILE.jsonl] [--commit HASH]
+        [--no-verify-too] [--replace] [--out FILE.jsonl] [--commit HASH]
     python -m benchmarks.export.run FOLDER --gb 12 --limit 2 [--out FILE.jsonl]
 
 A checkpoint of Qwen2.5-VL-7B's shapes (28 text layers are 16.6 GB) and an adapter for all its linear layers are written
 into FOLDER if they are not there, and everything that a measurement writes there is removed after it. The disk is idle
-before each (`sync`); the checkpoint is in the page cache as far as that holds it, or with --cold not at all. `cp` does
-not wait until its copy is on the disk, a merge does: both `cp` alone and `cp` with the `sync` after it are printed.
+before each (`sync`); the checkpoint is in the page cache as far as that holds it, or with --cold not at all. Neither
+`cp` nor a merge into a new folder waits until all is on the disk; a merge that replaces an older output does
+(--replace). Both `cp` alone and `cp` with the `sync` after it are printed, and what the merge's threads spent their
+time on.
 
 With --limit (GB) the merge runs in a memory cgroup, where going over the limit is death; page cache counts, but is
 taken back first. Without rights to make one, the run ends with status 1.
@@ -82,6 +84,9 @@ def merge(options: argparse.Namespace, device: str, verify: bool, group: Path | 
     command = [sys.executable, "-m", "benchmarks.export.worker"]
     command += [str(options.folder / "adapter"), str(options.folder / "base"), str(output)]
     command += ["--save-method", options.save_method, *([] if verify else ["--no-verify"])]
+    if options.replace:
+        output.mkdir()
+        (output / "older").touch()
 
     def prepare() -> None:
         os.sched_setaffinity(0, cores)
@@ -101,6 +106,13 @@ def merge(options: argparse.Namespace, device: str, verify: bool, group: Path | 
     return json.loads(found[-1].removeprefix("RESULT "))
 
 
+def breakdown(took: float, seconds: dict[str, float]) -> str:
+    """Say what a merge's seconds went into: the shards' by the clock, and the threads' kinds of work in them."""
+    shards = seconds["shards"]
+    work = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items() if name != "shards")
+    return f"shards {shards:.1f} s, before and after them {took - shards:.1f} s; threads in the shards: {work}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and store; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--no-verify-too", action="store_true")
+    parser.add_argument("--replace", action="store_true")
     parser.add_argument("--save-method", default="merged_16bit")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit")
@@ -131,7 +144,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, base: Path, size: int, cores: set[int]) -> int:
     """Copy once, merge in every way asked for, print and store; return 1 if a merge died."""
-    row: dict[str, Any] = {"gb": size / 1e9, "cores": len(cores), "cold": options.cold, "limit_gb": options.limit}
+    row: dict[str, Any] = {
+        "gb": size / 1e9,
+        "cores": len(cores),
+        "cold": options.cold,
+        "limit_gb": options.limit,
+        "replaced": options.replace,
+    }
     if options.limit is None:
         settle(base, options.cold)
         row["cp_s"], row["cp_sync_s"] = time_copy(base, options.folder / "copy", cores)
@@ -153,6 +172,7 @@ def measure(options: argparse.Namespace, base: Path, size: int, cores: set[int])
                 f"merge on {figures['device']}, verify={verify}: {took:.1f} s{ratio}, {size / 1e6 / took:,.0f} MB/s; "
                 f"peak RSS {figures['peak_rss_gb']:.2f} GB, {figures['peak_anonymous_gb']:.2f} GB of it anonymous"
             )
+            print(f"  {breakdown(took, figures['seconds'])}")
             where = torch.device(figures["device"])
             full = {"op": "merge", **row, **figures, "mb_s": size / 1e6 / took, **provenance(where, options.commit)}
             if options.out is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import resource
 import threading
 import time
@@ -23,6 +24,18 @@ def anonymous() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+class Seconds(logging.Handler):
+    """Keeps what fvlm_export says of where the time went."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.found: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the seconds that a record brings."""
+        self.found = record.__dict__.get("seconds", self.found)
 
 
 class Watch:
@@ -59,6 +72,9 @@ def main() -> None:
     from fvlm_export.save import save_pretrained_merged
 
     imported = time.time() - STARTED
+    seconds, talk = Seconds(), logging.getLogger("fvlm_export.build")
+    talk.addHandler(seconds)
+    talk.setLevel(logging.DEBUG)
     watch = Watch()
     begun = time.perf_counter()
     save_pretrained_merged(
@@ -68,6 +84,7 @@ def main() -> None:
         save_method=options.save_method,
         verify=not options.no_verify,
         progress=False,
+        overwrite=True,
     )
     took = time.perf_counter() - begun
     watch.stop()
@@ -75,6 +92,7 @@ def main() -> None:
     row = {
         "merge_s": took,
         "import_s": imported,
+        "seconds": seconds.found,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "peak_anonymous_gb": watch.peak / 1e9,
         "anonymous_before_gb": watch.before / 1e9,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fvlm_export.adapter_note import AdapterNote, note_of, note_training, read_note
     from fvlm_export.push import push_to_hub_merged
-    from fvlm_export.record import MergeReport, read_report
+    from fvlm_export.record import MergeReport, check_files, read_report
     from fvlm_export.save import save_pretrained_merged
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterNote",
     "MergeReport",
+    "check_files",
     "note_of",
     "note_training",
     "push_to_hub_merged",
@@ -33,6 +34,7 @@ _HOME = {
     "note_training": "adapter_note",
     "read_note": "adapter_note",
     "MergeReport": "record",
+    "check_files": "record",
     "push_to_hub_merged": "push",
     "read_report": "record",
     "save_pretrained_merged": "save",

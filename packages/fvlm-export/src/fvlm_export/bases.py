@@ -19,6 +19,7 @@ from fvlm_export.quantized import RoundTrip
 from fvlm_export.remote import Shard
 from fvlm_export.safetensor_file import SafetensorFile, TensorInfo
 from fvlm_export.skeleton import Skeleton
+from fvlm_export.staging import Upload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ class CheckpointBase:
         resized: Container[str] = (),
         through: RoundTrip | None = None,
     ) -> None:
-        self.shards, self._through = list(shards), through
+        self.shards, self._through, self._upload = list(shards), through, Upload()
         self._home: dict[str, Shard] = {}
         for file in shards:
             for name in file.infos:
@@ -127,7 +128,11 @@ class CheckpointBase:
         return {name: self._value(name, device) for name in slot.stored}
 
     def _value(self, name: str, device: torch.device) -> torch.Tensor:
-        value = self._home[name].tensor(name)
+        home = self._home[name]
+        if name not in self.quantized and device.type == "cuda":
+            value = self._upload(home, name, device)
+        else:
+            value = home.tensor(name)
         if name in self.quantized:
             info = self.infos[name]
             return quantized.dequantize(value, self._parts(name), device).to(info.dtype).reshape(info.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from fvlm_export import beside
 from fvlm_export.base_check import check_live_base, fingerprint
 from fvlm_export.bases import CheckpointBase
+from fvlm_export.clock import Clock
 from fvlm_export.compute import Merger
 from fvlm_export.four_bit import modules_to_quantize, quantization_config
 from fvlm_export.plan import Plan, make_plan
@@ -24,14 +25,19 @@ from fvlm_export.safetensor_writer import WrittenFile
 from fvlm_export.task import DEQUANTIZED, LIVE, Task
 from fvlm_export.verify import Verifier
 from fvlm_export.work_folder import check_space
-from fvlm_export.write import write_shards
+from fvlm_export.write import How, write_shards
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a task is carried out; see :func:`fvlm_export.save.save_pretrained_merged`."""
+    """How a task is carried out; see :func:`fvlm_export.save.save_pretrained_merged`.
+
+    Attributes:
+        durable: whether what is finished must be on the disk, because it takes an older result's place.
+        clock: told what the time goes into.
+    """
 
     save_method: str
     max_shard_size: int
@@ -39,6 +45,8 @@ class Options:
     verify: bool
     progress: bool
     training: Training = NO_TRAINING
+    durable: bool = False
+    clock: Clock = field(default_factory=Clock)
 
 
 @torch.no_grad()
@@ -86,7 +94,7 @@ def build(
         needed += task.base.fetched_at_most
     check_space(folder, needed - sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     merger = Merger(task.base, task.live_values, task.device)
-    with _full_precision():
+    with _full_precision(), options.clock.during("shards"):
         files = _write_and_check(plan, merger, folder, journal, options, verified, sink)
     _write_beside(task, plan, folder, processor, quantize)
     if options.verify and task.live is not None and sink is not None:
@@ -105,7 +113,7 @@ def build(
         adapters=task.adapters,
         tensors=sum(len(item.outputs) for item in plan.items),
         merged=sum(1 for item in plan.items if item.changes),
-        overridden=list(merger.overridden),
+        overridden=sorted(merger.overridden),
         untied=list(plan.untied),
         files={file.name: file.sha256 for file in files},
         verified=verified,
@@ -116,6 +124,7 @@ def build(
     beside.write_card(folder, report, "transformers", title)
     report.write(folder)
     journal.close()
+    logger.debug("seconds over all threads: %s", options.clock.seconds, extra={"seconds": options.clock.seconds})
     return report
 
 
@@ -130,9 +139,15 @@ def _write_and_check(
 ) -> list[WrittenFile]:
     verifier = Verifier(plan, merger) if options.verify else None
     base = merger.base
-    ahead = sink is None and not (isinstance(base, CheckpointBase) and not base.at_hand)
+    how = How(
+        progress=options.progress,
+        ahead=sink is None and not (isinstance(base, CheckpointBase) and not base.at_hand),
+        beside=isinstance(base, CheckpointBase),
+        durable=options.durable,
+        clock=options.clock,
+    )
     files = []
-    for number, file in write_shards(plan, merger, folder, journal, verifier, progress=options.progress, ahead=ahead):
+    for number, file in write_shards(plan, merger, folder, journal, verifier, how):
         if sink is not None:
             path = folder / file.name
             sink(path, file.name)

@@ -14,25 +14,11 @@ from fvlm_export.layout import Slot
 from fvlm_export.plan import Item
 from fvlm_export.quantized import nf4_tensors
 from fvlm_export.remote import Shard
-
-
-class Scratch:
-    """Two buffers, used in turn: fresh memory for each large tensor costs the system more time than the merge."""
-
-    def __init__(self) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialized CPU tensor, which holds until the call after the next."""
-        self._buffers.reverse()
-        size = math.prod(shape) * dtype.itemsize
-        if self._buffers[0].numel() < size:
-            self._buffers[0] = torch.empty(size, dtype=torch.uint8)
-        return self._buffers[0][:size].view(dtype).reshape(shape)
+from fvlm_export.staging import Scratch
 
 
 class Merger:
-    """Computes items.
+    """Computes items; several threads may ask at once.
 
     Args:
         base: where unmerged values come from.
@@ -41,13 +27,13 @@ class Merger:
         device: where the arithmetic is done.
 
     Attributes:
-        overridden: the parameters whose live value won, in the order met.
+        overridden: the parameters whose live value won.
     """
 
     def __init__(self, base: Base, live: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self.base, self._live, self.device = base, live, device
         self.overridden: dict[str, None] = {}
-        self._scratch = Scratch()
+        self._scratch = Scratch(locked=device.type == "cuda")
 
     def unmerged(self, item: Item) -> dict[str, torch.Tensor] | None:
         """Return an item's parameters before the adapters; None if its stored bytes can be kept as they are."""
@@ -105,7 +91,7 @@ class Merger:
         return self.base.file_of(info.name)
 
     def outputs(self, item: Item) -> dict[str, torch.Tensor]:
-        """Return an item's tensors as they are written, on the CPU; they hold until the call after the next."""
+        """Return an item's tensors as they are written, on the CPU; they hold until this thread's next call but one."""
         values = self.values(item)
         if len(item.outputs) == len(item.values):
             return {name: self._on_cpu(value, len(values) == 1) for name, value in values.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
+from fvlm_export.clock import Clock
 from fvlm_export.plan import Item
 from fvlm_export.safetensor_file import Buffers, SafetensorFile, TensorInfo
 from fvlm_export.verify import Verifier
@@ -26,10 +27,14 @@ class Follower:
         number: of the shard in the plan.
         verifier: what is checked on the way; None: nothing is.
         release: told of every item when it has been read back.
+        clock: told what the time goes into.
     """
 
-    def __init__(self, path: Path, number: int, verifier: Verifier | None, release: Callable[[Item], None]) -> None:
+    def __init__(
+        self, path: Path, number: int, verifier: Verifier | None, release: Callable[[Item], None], clock: Clock
+    ) -> None:
         self._path, self._number, self._verifier, self._release = path, number, verifier, release
+        self._clock = clock
         self._written: SimpleQueue[Item | None] = SimpleQueue()
         self._thread = ThreadPoolExecutor(1)
         self._done: Future[str] = self._thread.submit(self._run)
@@ -59,15 +64,21 @@ class Follower:
         file, buffers = SafetensorFile(self._path), Buffers()
         if self._verifier is not None:
             self._verifier.check_header(self._number, file)
-        with _Digest() as digest:
+        with _Digest(self._clock) as digest:
             with self._path.open("rb") as raw:
                 digest.update(memoryview(raw.read(file.start)))
             while (item := self._written.get()) is not None:
                 for info in item.outputs:
-                    for piece in self._checked(item, info, file.pieces(info.name, buffers)):
+                    pieces = iter(self._checked(item, info, file.pieces(info.name, buffers)))
+                    while True:
+                        with self._clock.during("read back"):
+                            piece = next(pieces, None)
+                        if piece is None:
+                            break
                         digest.update(piece)
                 if self._verifier is not None:
-                    self._verifier.check_item(item, file)
+                    with self._clock.during("recompute"):
+                        self._verifier.check_item(item, file)
                 for info in item.outputs:
                     file.release(info.name)
                 self._release(item)
@@ -80,8 +91,8 @@ class Follower:
 class _Digest:
     """SHA-256, a piece behind: while one is hashed, the next may be read and checked."""
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+    def __init__(self, clock: Clock) -> None:
+        self._hash, self._clock = hashlib.sha256(), clock
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
@@ -95,7 +106,11 @@ class _Digest:
         """Hash a piece, which must hold until the call after the next."""
         if self._last is not None:
             self._last.result()
-        self._last = self._thread.submit(self._hash.update, piece)
+        self._last = self._thread.submit(self._add, piece)
+
+    def _add(self, piece: memoryview) -> None:
+        with self._clock.during("hash"):
+            self._hash.update(piece)
 
     def finish(self) -> str:
         """Return the hash in hexadecimal."""

@@ -89,14 +89,15 @@ def read_report(folder: str | Path) -> MergeReport:
         raise CheckpointError(f"{path} cannot be read ({error}); the folder was not written by fvlm_export.") from error
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: str | Path) -> None:
     """Compare a folder's weights with the hashes in its report.
 
     Raises:
+        CheckpointError: the folder has no report, or it cannot be read.
         ExportError: one is missing or was changed since.
     """
     for name, digest in read_report(folder).files.items():
-        path = folder / name
+        path = Path(folder) / name
         if not path.is_file() or sha256_of(path) != digest:
             raise ExportError(f"{path} is not what {FILE} beside it says was written; save the model again.")
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ def sha256_of(path: Path) -> str:
 class Buffers:
     """Two buffers of one size, handed out in turn: what was read last stays while the next is being read."""
 
-    def __init__(self, size: int = 1 << 24) -> None:
-        self._buffers = [memoryview(bytearray(size)), memoryview(bytearray(size))]
+    def __init__(self, buffers: Sequence[memoryview] = ()) -> None:
+        self._buffers = list(buffers) or [memoryview(bytearray(1 << 24)), memoryview(bytearray(1 << 24))]
 
     def take(self) -> memoryview:
         """Return the buffer that was handed out the time before last."""

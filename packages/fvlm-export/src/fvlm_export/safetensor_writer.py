@@ -1,8 +1,8 @@
 """One safetensors file, written tensor by tensor in a known order.
 
 No tensor need be in memory but the one being written, because every name, dtype and shape is known before the first
-byte. The disk is kept busy meanwhile: what was written is flushed in the background, so that the end of a file need
-not wait for all of it.
+byte. A file that must be on the disk when it is finished keeps the disk busy meanwhile: what was written is flushed in
+the background, so that the end need not wait for all of it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ class SafetensorWriter:
     Args:
         path: where; must not exist. It has its final size at once, so that it can be read as far as it is written.
         infos: every tensor, in the order in which they will be written.
+        durable: whether the file is finished only when it is on the disk, or when the system has it, as with `cp`.
 
     Raises:
         ExportError: a tensor comes out of order or with another size, or has a dtype that the format does not know.
         OSError: the disk is full or read-only.
     """
 
-    def __init__(self, path: Path, infos: Iterable[TensorInfo]) -> None:
-        self.path = path
+    def __init__(self, path: Path, infos: Iterable[TensorInfo], *, durable: bool = True) -> None:
+        self.path, self._durable = path, durable
         self.infos = list(infos)
         header = _header(self.infos)
         self.size = len(header) + sum(info.nbytes for info in self.infos)
@@ -85,7 +86,7 @@ class SafetensorWriter:
         while done < len(view):
             done += self._file.write(view[done : done + (1 << 30)]) or 0
         self._since_flush += len(view)
-        if self._since_flush >= _FLUSH and (self._flushed is None or self._flushed.done()):
+        if self._durable and self._since_flush >= _FLUSH and (self._flushed is None or self._flushed.done()):
             self._flush()
 
     def _flush(self) -> None:
@@ -95,7 +96,10 @@ class SafetensorWriter:
         self._flushed = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def finish(self) -> Future[None]:
-        """Say that all is written, and close the file once it is on the disk, which is when the future is done.
+        """Say that all is written, and close the file; if it is durable, once it is on the disk.
+
+        Returns:
+            Done when the file is closed.
 
         Raises:
             ExportError: a tensor is missing.
@@ -108,7 +112,8 @@ class SafetensorWriter:
     def _close(self) -> None:
         if self._flushed is not None:
             self._flushed.result()
-        os.fsync(self._file.fileno())
+        if self._durable:
+            os.fsync(self._file.fileno())
         self._file.close()
 
 

@@ -76,9 +76,10 @@ def save_pretrained_merged(
     """
     job = Job(model_or_adapter_dir, processor, save_method, base, adapters, token, trust_remote_code)
     training = Training(data, metrics or {})
-    options = Options(save_method, parse_size(max_shard_size), parse_dtype(dtype), verify, progress, training)
+    size, floats = parse_size(max_shard_size), parse_dtype(dtype)
     output = Path(output_dir).expanduser().absolute()
     with WorkFolder(output, overwrite=overwrite) as work:
+        options = Options(save_method, size, floats, verify, progress, training, durable=work.replaces)
         job.run(work.path, output.name, options)
         work.publish()
     return output

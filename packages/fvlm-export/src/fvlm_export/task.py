@@ -60,7 +60,9 @@ class Task:
         """Where the arithmetic is done."""
         if self.live is not None:
             return torch.device("cpu") if self.live.base.device.type == "meta" else self.live.base.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():  # by its number: other threads have another current one
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
 
 def config_dtype(config: dict[str, Any], default: torch.dtype) -> torch.dtype:

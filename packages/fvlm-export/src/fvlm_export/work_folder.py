@@ -1,7 +1,11 @@
 """The folder that a result is built in, and the one moment at which it becomes the output.
 
 Everything is written into a hidden folder beside the output and renamed into place when it is whole. Until then the
-output is what it was before. A run that fails removes what it wrote, except where something outside broke it off: a
+output is what it was before. An older output is given up only for one that is on the disk, so that a loss of power
+costs neither; where there was none, the result is left to the system like a copied file, which is as safe against
+everything but a loss of power in the next half minute, and its record tells whether that has torn it.
+
+A run that fails removes what it wrote, except where something outside broke it off: a
 full disk, the network, Ctrl-C. Then the shards that were finished and proved stay in the hidden folder, as a killed run
 leaves them, and the same merge takes them over.
 """
@@ -40,6 +44,9 @@ class WorkFolder:
         overwrite: whether an existing output may be replaced.
         resumable: whether finished shards stay where a run was broken off.
 
+    Attributes:
+        replaces: whether there is an older output that the result will take the place of.
+
     Raises:
         ConfigError: the output exists and may not be replaced, or is a file.
         ExportError: the folder cannot be made.
@@ -51,7 +58,8 @@ class WorkFolder:
         self.path = output.parent / f".{output.name}.unfinished"
         if output.exists() and not output.is_dir():
             raise ConfigError(f"output_dir={str(output)!r} is a file; name a folder.")
-        if output.is_dir() and any(output.iterdir()) and not overwrite:
+        self.replaces = output.is_dir() and any(output.iterdir())
+        if self.replaces and not overwrite:
             raise ConfigError(f"output_dir={str(output)!r} is not empty; pass overwrite=True to replace it.")
 
     def __enter__(self) -> WorkFolder:
@@ -89,14 +97,12 @@ class WorkFolder:
         """Make the finished folder the output, in one step."""
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         (self.path / LOCK).unlink()
-        for path in (*self.path.rglob("*"), self.path):
-            _to_disk(path)  # or a loss of power could leave a folder that looks finished and is not
-        if not self.output.exists():
-            os.rename(self.path, self.output)
-        elif not any(self.output.iterdir()):
+        if not self.output.exists() or not any(self.output.iterdir()):
             os.rename(self.path, self.output)  # rename(2) replaces an empty folder
-        else:
-            _exchange(self.path, self.output)  # what was the output is now the work folder, and goes with it
+            return
+        for path in (*self.path.rglob("*"), self.path):
+            _to_disk(path)  # or a loss of power could leave neither the old output nor a whole new one
+        _exchange(self.path, self.output)  # what was the output is now the work folder, and goes with it
         _to_disk(self.output.parent)
 
 

@@ -1,15 +1,18 @@
 """Writing the planned shards, one tensor at a time.
 
-Four things go on at once: the values of one tensor are computed, the tensor before it is written, those before that are
-read back to be hashed and checked, and the disk takes up what was written. A shard is finished when it has been read
-back and is on the disk; meanwhile the next may be begun.
+For each shard four things go on at once: the values of one tensor are computed, the tensor before it is written, those
+before that are read back to be hashed and checked, and what was written is hashed. A shard is finished when it has been
+read back; meanwhile the next may be begun. Where there are cores and memory for it, two shards are written side by
+side: a file takes its bytes from one thread at a time, so that two files fill faster than one.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from fvlm_export.clock import Clock
 from fvlm_export.compute import Merger
 from fvlm_export.follow import Follower
 from fvlm_export.plan import Item, Plan
@@ -26,12 +30,32 @@ from fvlm_export.safetensor_file import Buffers, as_bytes
 from fvlm_export.safetensor_writer import SafetensorWriter, WrittenFile
 from fvlm_export.verify import Verifier
 
+_WORTH = 1 << 28  # bytes of a shard from which a second one beside it pays
+
+
+@dataclass(frozen=True)
+class How:
+    """How shards are written.
+
+    Attributes:
+        progress: show a bar in bytes.
+        ahead: whether a shard may be begun before the one before it is finished and taken.
+        beside: whether two shards may be written side by side, where that pays.
+        durable: whether a shard is finished only when it is on the disk.
+        clock: told what the time goes into.
+    """
+
+    progress: bool
+    ahead: bool
+    beside: bool
+    durable: bool
+    clock: Clock
+
 
 @dataclass(frozen=True)
 class _Written:
     """A shard that is written and may still be read back."""
 
-    number: int
     writer: SafetensorWriter
     follower: Follower
     on_disk: Future[None]
@@ -44,16 +68,9 @@ class _Written:
 
 
 def write_shards(
-    plan: Plan,
-    merger: Merger,
-    folder: Path,
-    journal: Journal,
-    verifier: Verifier | None,
-    *,
-    progress: bool,
-    ahead: bool,
+    plan: Plan, merger: Merger, folder: Path, journal: Journal, verifier: Verifier | None, how: How
 ) -> Iterator[tuple[int, WrittenFile]]:
-    """Compute, write and check a plan's shards one after the other.
+    """Compute, write and check a plan's shards.
 
     Args:
         plan: what to write.
@@ -61,90 +78,165 @@ def write_shards(
         folder: where.
         journal: of the folder: shards that it knows as finished are kept.
         verifier: checks what is read back; None: it is only hashed.
-        progress: show a bar in bytes.
-        ahead: whether a shard may be begun before the one before it is finished.
+        how: see :class:`How`.
 
     Yields:
-        Each shard's number and its file, as soon as it is finished.
+        Each shard's number and its file, in order, when it is finished.
 
     Raises:
         ExportError: what was read back is not what was meant.
     """
-    unfinished: deque[_Written] = deque()
-    bar = tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not progress)
-    try:
-        for number, shard in enumerate(plan.shards):
-            done = journal.finished(plan.file_name(number))
-            if done is None:
-                unfinished.append(_write(plan, number, merger, folder, verifier, bar))
-            while unfinished and (done is not None or not ahead or len(unfinished) > 1):
-                yield _noted(unfinished.popleft(), journal)
-            if done is not None:
-                _read_back(plan, number, merger, folder / done.name, verifier)
-                bar.update(sum(item.nbytes for item in shard))
-                yield number, done
-        while unfinished:
-            yield _noted(unfinished.popleft(), journal)
-    finally:
-        for left in unfinished:
-            left.follower.stop()
-        bar.close()
+    lanes = _lanes(plan) if how.ahead and how.beside else 1
+    unfinished = threading.Semaphore(2 * lanes if how.ahead else 1)
+    with tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not how.progress) as bar:
+        desk = _Desk(plan, merger, folder, journal, verifier, how, unfinished, bar)
+        with _threads_for(lanes, merger.device), ThreadPoolExecutor(lanes) as pool:
+            shards = [pool.submit(desk.shard, number) for number in range(len(plan.shards))]
+            try:
+                for number, shard in enumerate(shards):
+                    done = shard.result()
+                    if isinstance(done, _Written):
+                        file = done.finish()
+                        journal.note(file)
+                    else:
+                        file = done
+                    yield number, file
+                    unfinished.release()
+            finally:
+                desk.close()
+                pool.shutdown(cancel_futures=True)
+                for shard in shards:
+                    if not shard.cancelled() and shard.exception() is None:
+                        _let_go(shard.result())
 
 
-def _noted(shard: _Written, journal: Journal) -> tuple[int, WrittenFile]:
-    file = shard.finish()
-    journal.note(file)
-    return shard.number, file
+def _let_go(shard: _Written | WrittenFile) -> None:
+    if isinstance(shard, _Written):
+        shard.follower.stop()
 
 
-def _read_back(plan: Plan, number: int, merger: Merger, path: Path, verifier: Verifier | None) -> None:
-    """Check a shard that an earlier run finished; its hash is known."""
-    if verifier is not None:
-        with _following(path, number, verifier, merger.release) as follower:
-            for item in plan.shards[number]:
-                follower.wrote(item)
-            follower.sha256()
+def _lanes(plan: Plan) -> int:
+    """Return how many shards are written side by side: never so many that their tensors at work exceed a shard."""
+    sizes = [sum(item.nbytes for item in shard) for shard in plan.shards]
+    largest = max(item.nbytes for item in plan.items)
+    pays = len(sizes) > 1 and min(sizes[:2]) >= _WORTH and _cores() >= 4
+    return 2 if pays and 2 * largest <= max(sizes) else 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager
-def _following(
-    path: Path, number: int, verifier: Verifier | None, release: Callable[[Item], None]
-) -> Iterator[Follower]:
-    follower = Follower(path, number, verifier, release)
+def _threads_for(lanes: int, device: torch.device) -> Iterator[None]:
+    """Share torch's threads among those that compute side by side, and put them back."""
+    before = torch.get_num_threads()
+    if lanes > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, before // lanes))
     try:
-        yield follower
-    except BaseException:
-        follower.stop()
-        raise
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _write(plan: Plan, number: int, merger: Merger, folder: Path, verifier: Verifier | None, bar: tqdm) -> _Written:
-    shard = plan.shards[number]
-    infos = [info for item in shard for info in item.outputs]
-    buffers = Buffers()
-    with (
-        SafetensorWriter(folder / plan.file_name(number), infos) as writer,
-        ThreadPoolExecutor(1) as thread,
-        _following(writer.path, number, verifier, merger.release) as follower,
-    ):
+class _Desk:
+    """Where shards are written, by one thread or two."""
 
-        def put(item: Item, copied: Shard | None, values: dict[str, torch.Tensor]) -> None:
-            for info in item.outputs:
-                pieces = [as_bytes(values[info.name])] if copied is None else copied.pieces(info.name, buffers)
-                writer.write(info.name, pieces)
-            merger.release(item)
-            follower.wrote(item)
-            bar.update(item.nbytes)
+    def __init__(
+        self,
+        plan: Plan,
+        merger: Merger,
+        folder: Path,
+        journal: Journal,
+        verifier: Verifier | None,
+        how: How,
+        unfinished: threading.Semaphore,
+        bar: tqdm,
+    ) -> None:
+        self._plan, self._merger, self._folder, self._journal = plan, merger, folder, journal
+        self._verifier, self._how, self._unfinished, self._bar = verifier, how, unfinished, bar
+        self._end, self._lock = len(plan.shards), threading.Lock()
 
-        pending: Future[None] | None = None
-        for item, after in zip(shard, [*shard[1:], None], strict=True):
-            if after is not None:
-                merger.prefetch(after)
-            file = merger.copied_from(item)
-            values = {} if file is not None else merger.outputs(item)  # meanwhile the item before is being written
+    def close(self, after: int = -1) -> None:
+        """Have shards after this one broken off at their next tensor if they are being written, and else not begun."""
+        with self._lock:
+            self._end = min(self._end, after + 1)
+        self._unfinished.release(len(self._plan.shards))
+
+    @torch.no_grad()
+    def shard(self, number: int) -> _Written | WrittenFile:
+        """Write a shard, or check one that an earlier run finished.
+
+        Raises:
+            CancelledError: the desk was closed, or an earlier shard failed.
+        """
+        self._unfinished.acquire()
+        try:
+            return self._made(number)
+        except BaseException:
+            self.close(number)  # those before it go on: a later run can take them over
+            raise
+
+    def _made(self, number: int) -> _Written | WrittenFile:
+        self._go_on(number)
+        done = self._journal.finished(self._plan.file_name(number))
+        if done is None:
+            return self._write(number)
+        if self._verifier is not None:
+            with self._following(self._folder / done.name, number) as follower:
+                for item in self._plan.shards[number]:
+                    follower.wrote(item)
+                follower.sha256()
+        self._progress(sum(item.nbytes for item in self._plan.shards[number]))
+        return done
+
+    def _go_on(self, number: int) -> None:
+        if number >= self._end:
+            raise CancelledError
+
+    def _progress(self, nbytes: int) -> None:
+        with self._lock:
+            self._bar.update(nbytes)
+
+    @contextmanager
+    def _following(self, path: Path, number: int) -> Iterator[Follower]:
+        follower = Follower(path, number, self._verifier, self._merger.release, self._how.clock)
+        try:
+            yield follower
+        except BaseException:
+            follower.stop()
+            raise
+
+    def _write(self, number: int) -> _Written:
+        merger, clock, shard = self._merger, self._how.clock, self._plan.shards[number]
+        infos = [info for item in shard for info in item.outputs]
+        buffers, path = Buffers(), self._folder / self._plan.file_name(number)
+        with (
+            SafetensorWriter(path, infos, durable=self._how.durable) as writer,
+            ThreadPoolExecutor(1) as thread,
+            self._following(path, number) as follower,
+        ):
+
+            def put(item: Item, copied: Shard | None, values: dict[str, torch.Tensor]) -> None:
+                with clock.during("write"):
+                    for info in item.outputs:
+                        pieces = [as_bytes(values[info.name])] if copied is None else copied.pieces(info.name, buffers)
+                        writer.write(info.name, pieces)
+                merger.release(item)
+                follower.wrote(item)
+                self._progress(item.nbytes)
+
+            pending: Future[None] | None = None
+            for item, after in zip(shard, [*shard[1:], None], strict=True):
+                self._go_on(number)
+                if after is not None:
+                    merger.prefetch(after)
+                file = merger.copied_from(item)
+                with clock.during("compute"):
+                    values = {} if file is not None else merger.outputs(item)  # meanwhile the one before is written
+                if pending is not None:
+                    pending.result()
+                pending = thread.submit(put, item, file, values)
             if pending is not None:
                 pending.result()
-            pending = thread.submit(put, item, file, values)
-        if pending is not None:
-            pending.result()
-        return _Written(number, writer, follower, writer.finish())
+            return _Written(writer, follower, writer.finish())

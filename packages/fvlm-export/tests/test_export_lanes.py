@@ -1,0 +1,125 @@
+"""Two shards written side by side: the same bytes, and one that fails breaks off the other."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fvlm_core.errors import ExportError
+from fvlm_export import read_report, save_pretrained_merged, write
+from fvlm_export.safetensor_file import sha256_of
+from fvlm_export.safetensor_writer import SafetensorWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def merge(adapter: Path, out: Path, base: Path, **kwargs: Any) -> Path:
+    return save_pretrained_merged(adapter, out, base=base, progress=False, max_shard_size="1200KB", **kwargs)
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have small shards count as worth two threads, on any machine."""
+    monkeypatch.setattr(write, "_WORTH", 0)
+    monkeypatch.setattr(write, "_cores", lambda: 4)
+
+
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> set[frozenset[str]]:
+    """Which files were open for writing at the same time; the first two wait for each other."""
+    both, real = threading.Barrier(2, timeout=20), SafetensorWriter.write
+    seen: set[frozenset[str]] = set()
+    started: dict[int, str] = {}
+
+    def met_at_first(self: SafetensorWriter, name: str, pieces: Iterable[memoryview]) -> None:
+        if self.path.name not in started.values() and len(started) < 2:
+            started[threading.get_ident()] = self.path.name
+            both.wait()
+            seen.add(frozenset(started.values()))
+        real(self, name, pieces)
+
+    monkeypatch.setattr(SafetensorWriter, "write", met_at_first)
+    return seen
+
+
+def test_two_shards_side_by_side_come_out_as_one_after_the_other(
+    tools: Any, adapter: Path, tmp_path: Path, beside: None, request: pytest.FixtureRequest
+) -> None:
+    base, threads = tools.checkpoint(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as alone:
+        alone.setattr(write, "_cores", lambda: 1)
+        one = merge(adapter, tmp_path / "one", base)
+    met = request.getfixturevalue("met")
+    two = merge(adapter, tmp_path / "two", base)
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    assert met == {frozenset(names[:2])}
+    assert {name: sha256_of(two / name) for name in names} == read_report(one).files == read_report(two).files
+    assert read_report(two).verified["weights"] == read_report(one).verified["weights"]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_shard_that_fails_breaks_off_the_one_beside_it(
+    tools: Any, adapter: Path, tmp_path: Path, beside: None, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    base, real = tools.checkpoint(), SafetensorWriter.write
+    names = sorted(p.name for p in merge(adapter, tmp_path / "whole", base).glob("*.safetensors"))
+    finished: list[str] = []
+
+    def torn(self: SafetensorWriter, name: str, pieces: Iterable[memoryview]) -> None:
+        if self.path.name == names[number]:
+            pieces = [memoryview(bytes(piece)[::-1]) for piece in pieces]
+        real(self, name, pieces)
+
+    monkeypatch.setattr(SafetensorWriter, "write", torn)
+    done = SafetensorWriter.finish
+    monkeypatch.setattr(SafetensorWriter, "finish", lambda self: finished.append(self.path.name) or done(self))
+    before = threading.active_count()
+    with pytest.raises(ExportError, match=r"merge again|NaN"):
+        merge(adapter, tmp_path / "out", base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+    assert len(finished) < len(names)
+    assert threading.active_count() <= before
+
+
+def test_no_more_tensors_are_at_work_than_a_shard_holds(
+    tools: Any, adapter: Path, tmp_path: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes: list[int] = []
+    real = write._lanes
+    monkeypatch.setattr(write, "_lanes", lambda plan: lanes.append(real(plan)) or lanes[-1])
+    base = tools.checkpoint()
+    for size in ("1200KB", "600KB", "1GB"):
+        save_pretrained_merged(adapter, tmp_path / size, base=base, progress=False, max_shard_size=size)
+    assert lanes == [2, 1, 1], "two; a tensor fills more than half of a shard; there is one shard"
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_an_older_output_is_given_up_only_for_one_that_is_on_the_disk(
+    tools: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    base, out = tools.checkpoint(), tmp_path / "out"
+    if replaced:
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"old")
+    synced: set[tuple[int, int]] = set()
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        found = os.fstat(handle)
+        if not replaced or (out / "model.safetensors").exists():  # the older one is still there
+            synced.add((found.st_dev, found.st_ino))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    merge(adapter, out, base, overwrite=replaced)
+    monkeypatch.undo()
+    found = {(path.stat().st_dev, path.stat().st_ino) for path in (out, *out.iterdir())}
+    assert len(found) > 8
+    assert synced & found == (found if replaced else set())

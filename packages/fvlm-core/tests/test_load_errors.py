@@ -163,7 +163,31 @@ def test_an_unknown_option_names_the_nearest(copy):
     assert "known options are attn_implementation" in refused(ConfigError, copy, zzz=1)
 
 
-@pytest.mark.parametrize("device_map", ["warp", "cuda:99", {}, {"": "cuda:99"}, 99, True, 1.5])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trust_remote_code": "no"}, "trust_remote_code='no' is not a boolean"),  # any text would be taken for True
+        ({"fused_layers": "yes"}, "fused_layers='yes' is not a boolean"),
+        ({"revision": 5}, "revision=5 is not a branch"),
+        ({"token": 5}, "token is a int"),
+    ],
+)
+def test_a_value_that_would_be_taken_for_another(copy, options, message):
+    assert message in refused(ConfigError, copy, **options)
+
+
+def test_places_name_parts_of_the_model_and_all_of_it(copy):
+    """transformers takes such a dictionary without a word, and leaves what has no place on the CPU."""
+    message = refused(ConfigError, copy, device_map={"modle.visual": "cpu", "": "cpu"})
+    assert "places 'modle.visual', which the model does not have: the nearest name is 'model.visual'" in message
+    message = refused(ConfigError, copy, device_map={"model.visual": "cpu", "lm_head": "cpu"})
+    assert "has no place for 'model.language_model.embed_tokens.weight'" in message
+    places = {"model.visual": "cpu", "model.language_model": "cpu", "lm_head": "cpu"}
+    assert load_model(copy, precision=Precision.HALF, device_map=places).device.type == "cpu"
+    assert load_model(copy, precision=Precision.HALF, device_map={"lm_head": "cpu", "": "cpu"}).device.type == "cpu"
+
+
+@pytest.mark.parametrize("device_map", ["warp", "meta", "cuda:99", {}, {"": "cuda:99"}, 99, True, 1.5])
 def test_a_device_that_is_not_there(copy, device_map):
     assert "device_map=" in refused(ConfigError, copy, device_map=device_map)
 

@@ -89,6 +89,8 @@ class Output:
             logger.handlers = [handler]
             logger.setLevel(level)
             logger.propagate = False
+        if not self.debug:  # on some CPUs it warns of a package for decoding that nothing here needs
+            logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def flush() -> None:

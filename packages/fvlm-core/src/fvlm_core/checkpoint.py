@@ -102,11 +102,15 @@ def find_source(
     """The source that a user's ``model_name`` means.
 
     Raises:
-        ConfigError: it is empty or not a string or path.
+        ConfigError: it is empty or not a string or path, or `revision` or `token` is of the wrong kind.
         CheckpointError: it is a path, and no folder is there.
     """
     if not isinstance(model_name, str | os.PathLike) or not str(model_name).strip():
         raise ConfigError(f"model_name={model_name!r} is no folder or Hub id: pass one.")
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ConfigError(f"revision={revision!r} is not a branch, tag or commit: pass its name, or None.")
+    if token is not None and not isinstance(token, str | bool):
+        raise ConfigError(f"token is a {type(token).__name__}: pass its text, True for the stored one, or None.")
     name = os.path.expanduser(os.fspath(model_name)) if str(model_name).startswith("~") else os.fspath(model_name)
     path = Path(name)
     if path.is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 from fvlm_core.checkpoint import Source, check_weights, find_source, read_config
@@ -12,8 +11,9 @@ from fvlm_core.checkpointing import use_graphs
 from fvlm_core.errors import CheckpointError, ConfigError
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
+from fvlm_core.options import HUB_OPTIONS, MODEL_OPTIONS, check_flag, check_options
 from fvlm_core.origin import Origin, set_origin
-from fvlm_core.placement import choose_device_map, enter_device, main_device
+from fvlm_core.placement import check_places, choose_device_map, enter_device, main_device
 from fvlm_core.precision import Precision, choose_dtype, within_range
 from fvlm_core.quantized import (
     adopt_stored_quantization,
@@ -34,21 +34,6 @@ if TYPE_CHECKING:
     from fvlm_core.arch import ArchFacts
 
 logger = logging.getLogger(__name__)
-
-# Where files come from: given to every transformers function that reads some.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "subfolder")
-# How the model is built and placed: given to the model's from_pretrained.
-MODEL_OPTIONS = (
-    "attn_implementation",
-    "code_revision",
-    "disable_mmap",
-    "experts_implementation",
-    "key_mapping",
-    "max_memory",
-    "offload_buffers",
-    "offload_folder",
-    "variant",
-)
 
 
 def load_model(
@@ -78,7 +63,7 @@ def load_model(
             lies on one GPU.
         memory_budget: GiB of device memory that may be allocated in all while ``use_gradient_checkpointing="auto"``
             chooses what layers keep; None: what is free, less a reserve (`fvlm_core.graphs.room`).
-        **kwargs: options of transformers' ``from_pretrained``: those of `HUB_OPTIONS` and `MODEL_OPTIONS`.
+        **kwargs: options of transformers' ``from_pretrained``: those of `fvlm_core.options`.
 
     Returns:
         The model in evaluation mode, with its `Origin` set. Under `Precision.FULL` every parameter requires a gradient;
@@ -89,6 +74,9 @@ def load_model(
         CheckpointError: the checkpoint is missing, damaged, incomplete, or of a kind that cannot be loaded.
     """
     check_options(kwargs)
+    check_flag("trust_remote_code", trust_remote_code)
+    if fused_layers is not None:
+        check_flag("fused_layers", fused_layers)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
     options = {key: value for key, value in kwargs.items() if key in MODEL_OPTIONS}
     graphs = LayerGraphs(memory_budget=memory_budget)
@@ -100,6 +88,8 @@ def load_model(
     settled = settle_precision(precision, stored, source.name)
     check_weights(source, options.get("variant"))
     config = _build_config(source, trust_remote_code, options.get("code_revision"))
+    if isinstance(device_map, dict) and set(device_map) != {""}:
+        check_places(device_map, build_skeleton(config))
     chosen_dtype = within_range(chosen_dtype, dtype, _written_facts(config))
     if stored is not None:
         adopt_stored_quantization(config, source, chosen_dtype, options.get("variant"))
@@ -153,20 +143,6 @@ def _speed_up(model: PreTrainedModel, fused_layers: bool | None, graphs: LayerGr
             f"memory_budget={budget!r} has nothing to plan: layers keep what they compute only as CUDA graphs, "
             "which need fused layers and a model that lies on one GPU as a whole; leave it out."
         )
-
-
-def check_options(kwargs: dict[str, Any]) -> None:
-    """Refuse options that `load_model` does not know.
-
-    Raises:
-        ConfigError: one is unknown; the message names the nearest known one.
-    """
-    known = (*HUB_OPTIONS, *MODEL_OPTIONS, "fused_layers", "memory_budget")
-    for name in kwargs:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"the nearest one is {near[0]!r}." if near else f"known options are {', '.join(sorted(known))}."
-            raise ConfigError(f"{name!r} is not an option of loading a model: {hint}")
 
 
 def _build_config(source: Source, trust_remote_code: bool, code_revision: str | None) -> PreTrainedConfig:

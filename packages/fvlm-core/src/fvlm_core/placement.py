@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,32 @@ def choose_device_map(device_map: Any) -> Any:
             _check_device(device, device_map)
         return device_map
     return {"": _check_device(device_map, device_map)}
+
+
+def check_places(device_map: dict[str, Any], model: nn.Module) -> None:
+    """Check that a dictionary of places names parts of a model, and places all of it.
+
+    transformers takes it without a look: what no entry names would stay on the CPU, whatever a misspelt one says.
+
+    Args:
+        device_map: names of modules or parameters, ``""`` for the whole, to devices.
+        model: the model, with or without memory for its weights.
+
+    Raises:
+        ConfigError: an entry names nothing in the model, or something of it has no place.
+    """
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for entry in device_map:
+        if entry not in names:
+            near = get_close_matches(str(entry), names, n=1)
+            hint = f"the nearest name is {near[0]!r}" if near else "pass names of modules, or '' for the whole model"
+            raise ConfigError(f"device_map={device_map!r} places {entry!r}, which the model does not have: {hint}.")
+    places = tuple(f"{entry}." if entry else "" for entry in device_map)
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        if not f"{name}.".startswith(places):
+            raise ConfigError(
+                f"device_map={device_map!r} has no place for {name!r}: add it, or its module, or '' for all the rest."
+            )
 
 
 def enter_device(placed: Any) -> None:
@@ -104,6 +132,8 @@ def _check_device(device: Any, device_map: Any) -> Any:
             f"device_map={device_map!r} is not understood: pass one of {', '.join(map(repr, _STRATEGIES))}, a device "
             "such as 'cuda:0' or 'cpu', or a dictionary from module names to devices."
         ) from None
+    if found.type == "meta":
+        raise ConfigError(f"device_map={device_map!r} names a device without memory: pass 'sequential', or a real one.")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device_map={device_map!r} names {found}, and there are {torch.cuda.device_count()} GPUs here: "

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from fvlm_core.errors import ConfigError
 from fvlm_vision.processes import is_first_process
 
 if TYPE_CHECKING:
@@ -26,11 +27,9 @@ def bind_methods(model: PreTrainedModel | PeftModel) -> None:
     """
     from peft import PeftModel
 
-    methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged]
+    methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged, print_trainable_parameters]
     if isinstance(model, PeftModel):
         methods.append(save_pretrained)
-    if not hasattr(model, "print_trainable_parameters"):  # PEFT's models bring it
-        methods.append(print_trainable_parameters)
     for method in methods:
         vars(model)[method.__name__] = MethodType(method, model)
 
@@ -38,9 +37,15 @@ def bind_methods(model: PreTrainedModel | PeftModel) -> None:
 def save_pretrained(
     model: PeftModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
 ) -> None:
-    """Save the adapter as PEFT does, with a note of what it was trained over; see `fvlm_export.AdapterNote`."""
+    """Save the adapter as PEFT does, with a note of what it was trained over; see `fvlm_export.AdapterNote`.
+
+    Raises:
+        ConfigError: ``save_directory`` is a file.
+    """
     from fvlm_export import note_of
 
+    if Path(save_directory).is_file():
+        raise ConfigError(f"save_directory={os.fspath(save_directory)!r} is a file: name a folder.")
     type(model).save_pretrained(model, os.fspath(save_directory), is_main_process=is_main_process, **options)
     if is_main_process:
         root = Path(save_directory)
@@ -90,7 +95,15 @@ def push_to_hub_merged(
     return push(model, repo_id, processor, save_method=save_method, token=token, private=private, **options)
 
 
-def print_trainable_parameters(model: PreTrainedModel) -> None:
-    """Print how many parameters are trained, as PEFT's method of this name does for a model with an adapter."""
+def print_trainable_parameters(model: PreTrainedModel | PeftModel) -> None:
+    """Print how many parameters are trained, in PEFT's words, and which linears of each tower an adapter is on."""
+    from peft import PeftModel
+
+    from fvlm_vision.targets import table_of
+
+    if isinstance(model, PeftModel):
+        type(model).print_trainable_parameters(model)
+        print(table_of(model))
+        return
     trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

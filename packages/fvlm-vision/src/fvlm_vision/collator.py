@@ -13,7 +13,7 @@ from fvlm_core.batch_plan import IMAGE
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_core.fused import CAUSAL_LAYER, has_fused, has_fused_loss
 from fvlm_core.fused.segments import ROW_MULTIPLE, attends_by_segments
-from fvlm_vision.arguments import check_processor, positive
+from fvlm_vision.arguments import check_collator, check_processor, positive
 from fvlm_vision.encoding import Encoder
 from fvlm_vision.labels import label_rows, make_labels, response_marks
 from fvlm_vision.lengths import TokenCounter
@@ -25,7 +25,7 @@ from fvlm_vision.reading import Item, SampleReader, placed
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
 from fvlm_vision.resize import resize_policy
 from fvlm_vision.samples import FormattingFunc
-from fvlm_vision.truncation import OVERFLOWS, Overflow, cut_rows, kept_length
+from fvlm_vision.truncation import Overflow, cut_rows, kept_length
 from fvlm_vision.video import VideoReader
 
 if TYPE_CHECKING:
@@ -101,10 +101,8 @@ class FastVisionDataCollator:
         video_options: VideoOptions | None = None,
     ) -> None:
         check_processor(processor)
-        if overflow not in OVERFLOWS:
-            raise ConfigError(f"overflow={overflow!r} is none of {', '.join(OVERFLOWS)}.")
-        if formatting_func is not None and not callable(formatting_func):
-            raise ConfigError(f"formatting_func={formatting_func!r} cannot be called; pass a function of one sample.")
+        flags = {"train_on_responses_only": train_on_responses_only, "packing": packing, "allow_urls": allow_urls}
+        check_collator(flags, overflow, formatting_func, ignore_index, plan_loss, url_limits, video_options)
         marks = response_marks(instruction_part, response_part)
         if marks is not None and not train_on_responses_only:
             raise ConfigError("instruction_part and response_part do nothing without train_on_responses_only=True.")

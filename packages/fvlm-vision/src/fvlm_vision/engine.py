@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.errors import ConfigError, MissingExtraError
 from fvlm_core.origin import origin_of
+from fvlm_vision.arguments import positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 
-def check_engine(fast_inference: bool, gpu_memory_utilization: float) -> None:
+_DEFAULT_SHARE = 0.5  # from_pretrained's gpu_memory_utilization
+
+
+def check_engine(fast_inference: bool, gpu_memory_utilization: float, max_lora_rank: int | None = None) -> None:
     """Check what an engine needs before anything large is loaded.
 
+    What is said about an engine that is not asked for is warned of and not refused: programs that switch
+    ``fast_inference`` on and off keep it beside.
+
     Raises:
-        ConfigError: ``gpu_memory_utilization`` is no share of the memory.
+        ConfigError: ``gpu_memory_utilization`` is no share of the memory, or ``max_lora_rank`` no rank.
         MissingExtraError: ``fast_inference`` without vLLM.
     """
     number = isinstance(gpu_memory_utilization, int | float) and not isinstance(gpu_memory_utilization, bool)
@@ -27,6 +36,12 @@ def check_engine(fast_inference: bool, gpu_memory_utilization: float) -> None:
         )
     if not isinstance(fast_inference, bool):
         raise ConfigError(f"fast_inference={fast_inference!r} is not a boolean: pass True or False.")
+    positive("max_lora_rank", max_lora_rank)
+    defaults = {"gpu_memory_utilization": _DEFAULT_SHARE, "max_lora_rank": None}
+    given = {"gpu_memory_utilization": gpu_memory_utilization, "max_lora_rank": max_lora_rank}
+    for name in given if not fast_inference else ():
+        if given[name] != defaults[name]:
+            logger.warning("%s=%s does nothing without fast_inference=True.", name, given[name])
     if fast_inference and find_spec("vllm") is None:
         raise MissingExtraError(
             "fast_inference=True needs vLLM, which is not installed: pip install fvlm-vision[vllm], "
@@ -35,7 +50,11 @@ def check_engine(fast_inference: bool, gpu_memory_utilization: float) -> None:
 
 
 def engine_options(
-    model: PreTrainedModel, max_seq_length: int, gpu_memory_utilization: float, token: str | bool | None
+    model: PreTrainedModel,
+    max_seq_length: int,
+    gpu_memory_utilization: float,
+    token: str | bool | None,
+    max_lora_rank: int | None = None,
 ) -> dict[str, Any]:
     """What `vllm.LLM` is given to serve the checkpoint that a model was loaded from, with LoRA adapters allowed.
 
@@ -56,6 +75,8 @@ def engine_options(
     }
     if origin.precision.quantized:  # vLLM quantizes to 4 bit as it loads, and reads stored bitsandbytes weights
         options["quantization"] = "bitsandbytes"
+    if max_lora_rank is not None:  # vLLM's own default is 16
+        options["max_lora_rank"] = max_lora_rank
     if token is not None:
         options["hf_token"] = token
     return options

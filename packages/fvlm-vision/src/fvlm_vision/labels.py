@@ -101,11 +101,16 @@ def train_on_responses_only(
         The same trainer; its collator is replaced, and the one that was passed to it is left as it was.
 
     Raises:
-        ConfigError: the collator is another, the parts are incomplete, or neither parts nor template marks exist.
+        ConfigError: it is no trainer, its collator is another, the parts are incomplete, or neither parts nor template
+            marks exist.
         DataError: nothing would be trained in the first rows of the training data.
     """
+    from transformers import Trainer
+
     from fvlm_vision.collator import FastVisionDataCollator
 
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"trainer is a {type(trainer).__name__}: pass a FastVisionTrainer, or another Trainer.")
     collator = trainer.data_collator
     if not isinstance(collator, FastVisionDataCollator):
         raise ConfigError(

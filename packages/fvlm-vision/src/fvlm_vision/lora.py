@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
 from fvlm_core.errors import ConfigError
+from fvlm_core.options import check_flag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
@@ -53,20 +55,57 @@ def check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, bias: Any, random_
 
 
 def check_lora_options(options: dict[str, Any]) -> None:
-    """Refuse options that neither this package nor PEFT's LoraConfig knows.
+    """Refuse options that neither this package nor PEFT's LoraConfig knows, and switches that are no boolean.
 
     Raises:
-        ConfigError: one is unknown; the message names the nearest known one.
+        ConfigError: one is unknown (the message names the nearest known one), or is neither True nor False.
     """
-    known = sorted({*OWN_OPTIONS, *_lora_fields()})
-    for name in options:
+    fields = _lora_fields()
+    known = sorted({*OWN_OPTIONS, *fields})
+    for name, value in options.items():
         if name in known:
+            if fields.get(name) in (bool, "bool"):
+                check_flag(name, value)
             continue
         if name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             raise ConfigError(f"{name!r} is not taken: choose modules by target_modules or finetune_last_n_layers.")
         near = get_close_matches(name, known, n=1)
         hint = f"the nearest one is {near[0]!r}." if near else f"known options are {', '.join(known)}."
         raise ConfigError(f"{name!r} is not an option of get_peft_model: {hint}")
+
+
+def check_names(options: dict[str, Any], model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Refuse names of modules that PEFT would pass over, at most with a warning: they would change nothing.
+
+    Args:
+        options: of `get_peft_model`, of which ``modules_to_save``, ``rank_pattern`` and ``alpha_pattern`` hold names.
+        model: the one to adapt.
+        targets: full names of the modules that get an adapter.
+
+    Raises:
+        ConfigError: a name means no module of the model, or a pattern none of those that get an adapter.
+    """
+    saved = options.get("modules_to_save")
+    if saved is not None:
+        if not isinstance(saved, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in saved):
+            raise ConfigError(f"modules_to_save={saved!r} is not a list of names: pass one, such as ['lm_head'].")
+        names = [name for name, _ in model.named_modules()]
+        for entry in saved:
+            if not entry or not any(name.endswith(entry) for name in names):
+                raise ConfigError(
+                    f"modules_to_save: {entry!r} is the end of no module's name in this {model.config.model_type!r} "
+                    "model: see model.named_modules() for the names."
+                )
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = options.get(option)
+        if patterns is not None and not isinstance(patterns, dict):
+            raise ConfigError(f"{option}={patterns!r} is not a dictionary from names to numbers: pass one.")
+        for pattern in patterns or ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
+                raise ConfigError(
+                    f"{option}: {pattern!r} matches none of the {len(targets)} modules that get an adapter, such as "
+                    f"{targets[0]!r}: correct it, or leave it out."
+                )
 
 
 def build_lora_config(
@@ -134,10 +173,12 @@ def freeze_other_biases(model: PeftModel) -> None:
             bias.requires_grad_(False)
 
 
-def _lora_fields() -> set[str]:
+def _lora_fields() -> dict[str, Any]:
+    """PEFT's options by name, with their types (which are text where PEFT postpones annotations)."""
     from peft import LoraConfig
 
-    return {field.name for field in dataclasses.fields(LoraConfig) if field.init} - _SETTLED
+    fields = (field for field in dataclasses.fields(LoraConfig) if field.init)
+    return {field.name: field.type for field in fields if field.name not in _SETTLED}
 
 
 def _is_integer(value: Any) -> bool:

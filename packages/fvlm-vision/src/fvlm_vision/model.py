@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fvlm_core.checkpoint import find_source
 from fvlm_core.checkpointing import apply_checkpointing, canonical_mode, remove_checkpointing
 from fvlm_core.errors import ConfigError
-from fvlm_core.load import HUB_OPTIONS, check_options, load_model
+from fvlm_core.load import load_model
+from fvlm_core.options import HUB_OPTIONS, check_options
 from fvlm_core.origin import origin_of
 from fvlm_core.precision import Precision, explicit_precision
 from fvlm_vision import modes
@@ -16,7 +17,14 @@ from fvlm_vision.adapter import attach_adapter, find_adapter
 from fvlm_vision.binding import bind_methods
 from fvlm_vision.cpu_config import let_defaults_fit_the_cpu
 from fvlm_vision.engine import attach_engine, check_engine, engine_options
-from fvlm_vision.lora import build_lora_config, check_lora_options, check_numbers, freeze_other_biases, seeded
+from fvlm_vision.lora import (
+    build_lora_config,
+    check_lora_options,
+    check_names,
+    check_numbers,
+    freeze_other_biases,
+    seeded,
+)
 from fvlm_vision.processor import check_length, load_processor
 from fvlm_vision.targets import select_targets
 
@@ -79,11 +87,12 @@ class FastVisionModel:
             trust_remote_code: run model code that the checkpoint brings along.
             use_gradient_checkpointing: False, True, ``"offload"`` (``"unsloth"``) or ``"auto"``; see
                 `fvlm_core.checkpointing`.
-            revision: branch, tag or commit on the Hub.
+            revision: branch, tag or commit on the Hub; it does not go with a folder.
             fast_inference: start a vLLM engine on the same checkpoint, as ``model.vllm_engine`` and
                 ``model.fast_generate``.
             gpu_memory_utilization: the share of the GPU's memory that this engine may take, above 0 and up to 1.
-            **kwargs: further options of loading, such as ``attn_implementation``, ``cache_dir``, ``fused_layers`` or
+            **kwargs: ``max_lora_rank`` of the adapters that the engine serves (vLLM's default is 16), and further
+                options of loading, such as ``attn_implementation``, ``cache_dir``, ``fused_layers`` or
                 ``memory_budget``; see `fvlm_core.load.load_model`.
 
         Returns:
@@ -97,11 +106,14 @@ class FastVisionModel:
         """
         precision = explicit_precision(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning)
         canonical_mode(use_gradient_checkpointing)
-        check_engine(fast_inference, gpu_memory_utilization)
+        max_lora_rank = kwargs.pop("max_lora_rank", None)
+        check_engine(fast_inference, gpu_memory_utilization, max_lora_rank)
         check_length(max_seq_length)
         check_options(kwargs)
         hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
         source = find_source(model_name, revision, token, **hub)
+        if revision is not None and source.folder is not None:
+            raise ConfigError(f"revision={revision!r} is of the Hub, and {source.name!r} is a folder: leave it out.")
         adapter = find_adapter(source)
         if adapter is not None and precision is Precision.FULL:
             raise ConfigError(
@@ -125,7 +137,8 @@ class FastVisionModel:
         vars(model)["max_seq_length"] = max_seq_length
         processor = load_processor(source, adapter, trust_remote_code)
         if fast_inference:
-            attach_engine(model, engine_options(model, max_seq_length, gpu_memory_utilization, token))
+            options = engine_options(model, max_seq_length, gpu_memory_utilization, token, max_lora_rank)
+            attach_engine(model, options)
         bind_methods(model)
         if adapter is None:
             apply_checkpointing(model, use_gradient_checkpointing)
@@ -193,6 +206,7 @@ class FastVisionModel:
             last_n_layers=kwargs.pop("finetune_last_n_layers", None),
             target_modules=kwargs.pop("target_modules", None),
         )
+        check_names(kwargs, model, selection.modules)
         origin = origin_of(model)
         config = build_lora_config(
             list(selection.modules),

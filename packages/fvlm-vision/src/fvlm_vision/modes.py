@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fvlm_core.checkpointing import resume_checkpointing, suspend_checkpointing
 from fvlm_core.decoding import disable_decoding, enable_decoding
+from fvlm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -13,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def for_training(model: PreTrainedModel | PeftModel) -> None:
-    """Train mode, the checkpointing mode the model was given, no key-value cache, no recorded decoding."""
+    """Train mode, the checkpointing mode the model was given, no key-value cache, no recorded decoding.
+
+    Raises:
+        ConfigError: it is no model.
+    """
+    _check(model)
     disable_decoding(model)
     model.train()
     resume_checkpointing(model)
@@ -21,11 +27,25 @@ def for_training(model: PreTrainedModel | PeftModel) -> None:
 
 
 def for_inference(model: PreTrainedModel | PeftModel) -> None:
-    """Evaluation mode, no checkpointing, with the key-value cache; decoding by recordings where that is possible."""
+    """Evaluation mode, no checkpointing, with the key-value cache; decoding by recordings where that is possible.
+
+    Raises:
+        ConfigError: it is no model.
+    """
+    _check(model)
     model.eval()
     suspend_checkpointing(model)
     _use_cache(model, True)
     enable_decoding(model)
+
+
+def _check(model: Any) -> None:
+    """Raise a `ConfigError` unless it is a model of transformers or PEFT."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        raise ConfigError(f"model is a {type(model).__name__}: pass the model that from_pretrained returned.")
 
 
 def _use_cache(model: Any, use: bool) -> None:

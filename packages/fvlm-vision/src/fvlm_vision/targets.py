@@ -11,6 +11,7 @@ from fvlm_core.errors import ConfigError
 from fvlm_vision.selection import Selection, TargetRow, TargetTable
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
 _FLAGS: dict[Tower, str] = {
@@ -84,6 +85,15 @@ def select_targets(
     names = {linear.name for linear in selected}
     modules = tuple(linear.name for linear in linears if linear.name in names)
     return Selection(modules, _table(linears, names))
+
+
+def table_of(adapted: PeftModel) -> TargetTable:
+    """Return on which linears of each tower a model's adapters are, however they came there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = adapted.get_base_model().named_modules()
+    targeted = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
+    return _table(linear_modules(adapted, facts_for(adapted)), targeted)
 
 
 def _check_flags(towers: dict[Tower, bool], parts: dict[Part, bool]) -> None:

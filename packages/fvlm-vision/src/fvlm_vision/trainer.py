@@ -53,7 +53,7 @@ class FastVisionTrainer(SteppingTrainer):
         **kwargs: as in `trl.SFTTrainer`.
 
     Raises:
-        ConfigError: an argument cannot be used, contradicts another, or a dataset is empty.
+        ConfigError: an argument cannot be used, contradicts another, a dataset is empty, or nothing would be trained.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class FastVisionTrainer(SteppingTrainer):
         if peft_config is not None:
             transformers.set_seed(own.seed)  # as trl does, which would then cast the new adapter
             model = get_peft_model(model, peft_config)
+        _check_trainable(model)
         collator = _collator(model, processor, data_collator, own, formatting_func)
         align(own, model)
         forward = _Forward(model)
@@ -181,6 +182,15 @@ class FastVisionTrainer(SteppingTrainer):
         """Count learned tokens; at least one, so that a step with no sample left has the loss 0, not NaN."""
         count = super()._get_num_items_in_batch(batch_samples, device)
         return count.clamp(min=1) if isinstance(count, torch.Tensor) else count
+
+
+def _check_trainable(model: torch.nn.Module) -> None:
+    """Raise a `ConfigError` where no parameter is trained: the backward pass would fail with torch's words."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "The model has no trainable parameter: put an adapter on it with FastVisionModel.get_peft_model, or load "
+            "it with full_finetuning=True."
+        )
 
 
 class _Forward:

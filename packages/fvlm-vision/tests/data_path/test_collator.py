@@ -197,6 +197,13 @@ def test_dataset_columns_and_formatting_func(parts, ask, picture):
         ({"pad_to_multiple_of": -8}, "pad_to_multiple_of=-8"),
         ({"resize": "min"}, "resize='min'"),
         ({"formatting_func": "f"}, "formatting_func='f'"),
+        ({"train_on_responses_only": "yes"}, "train_on_responses_only='yes' is not a boolean"),
+        ({"packing": 1}, "packing=1 is not a boolean"),
+        ({"allow_urls": "no"}, "allow_urls='no' is not a boolean"),
+        ({"plan_loss": "yes"}, "plan_loss='yes' is not a boolean"),
+        ({"ignore_index": "none"}, "ignore_index='none' is not a label"),
+        ({"url_limits": 4}, "url_limits=4 is not a FetchLimits"),
+        ({"video_options": {"fps": 1}}, "video_options={'fps': 1} is not a VideoOptions"),
     ],
 )
 def test_bad_arguments_are_refused(parts, change, part):

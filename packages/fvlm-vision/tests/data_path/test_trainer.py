@@ -13,6 +13,7 @@ from fvlm_core.checkpointing import checkpointing_mode
 from fvlm_core.origin import Origin, set_origin
 from fvlm_core.precision import Precision
 from fvlm_vision.collator import FastVisionDataCollator
+from fvlm_vision.cpu_config import restore_defaults
 from fvlm_vision.trainer import FastVisionTrainer
 
 
@@ -84,6 +85,7 @@ def test_the_four_programs_arguments_on_a_list(lora, processor, rows, arguments)
 
 
 def test_default_settings_of_sft_config_train_in_the_models_precision(lora, processor, rows, arguments, caplog):
+    restore_defaults()  # a model that another test loaded has changed them
     args = SFTConfig(output_dir=arguments().output_dir, use_cpu=True, max_steps=1, save_strategy="no")
     before = copy.deepcopy(args.to_dict())
     with caplog.at_level(logging.INFO, logger="fvlm_vision"):

@@ -112,6 +112,8 @@ def test_train_on_responses_only(lora, processor, rows, arguments):
     trainer.train()
     with pytest.raises(DataError, match="'### Say' opens no response"):
         train_on_responses_only(trainer, "### Ask", "### Say")
+    with pytest.raises(ConfigError, match="trainer is a list"):
+        train_on_responses_only([])
     other = Trainer(model=lora(), args=arguments(TrainingArguments), train_dataset=rows, data_collator=lambda rows: {})
     with pytest.raises(ConfigError, match="FastVisionDataCollator"):
         train_on_responses_only(other)
@@ -148,6 +150,13 @@ def test_bad_arguments_get_one_sentence(lora, processor, rows, arguments, change
     with pytest.raises(ConfigError) as caught:
         FastVisionTrainer(**given)
     assert part in str(caught.value)
+
+
+def test_a_model_with_nothing_to_train_is_refused(lora, processor, rows, arguments):
+    model = lora()
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no trainable parameter: put an adapter on it"):
+        FastVisionTrainer(model=model, tokenizer=processor, train_dataset=rows, args=arguments())
 
 
 @pytest.mark.parametrize("change", [{"packing": True}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])

@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2VLProcessor
 
-from fvlm_core import CheckpointError, ConfigError, MissingExtraError, Precision, checkpointing_mode, origin_of
+from fvlm_core import CheckpointError, ConfigError, Precision, checkpointing_mode, origin_of
 from fvlm_vision import FastVisionModel
-from fvlm_vision.engine import check_engine, engine_options
 
 
 @pytest.mark.parametrize(
@@ -88,6 +87,13 @@ def test_an_adapters_own_processor_is_taken(folder, adapted, tmp_path):
     processor.save_pretrained(tmp_path)
     _, found = FastVisionModel.from_pretrained(tmp_path, load_in_16bit=True)
     assert found.chat_template == "{{ 'its own' }}"
+
+
+def test_an_adapter_is_not_saved_into_a_file(adapted, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file: name a folder"):
+        adapted().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_methods_are_bound_to_the_instance(folder, adapted):
@@ -200,6 +206,9 @@ def test_a_length_above_the_models_positions_is_warned_of(folder, caplog):
         {"max_seq_len": 5},
         {"load_in_4bit": "yes"},
         {"dtype": "int4"},
+        {"trust_remote_code": 1},
+        {"revision": "v2"},
+        {"max_lora_rank": 0},
     ],
     ids=str,
 )
@@ -207,29 +216,6 @@ def test_arguments_that_cannot_be_used_are_refused(folder, options):
     with pytest.raises(ConfigError) as caught:
         FastVisionModel.from_pretrained(folder, **options)
     assert next(iter(options)) in str(caught.value)
-
-
-def test_fast_inference_without_vllm_names_the_extra(folder, monkeypatch):
-    monkeypatch.setattr("fvlm_vision.engine.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install fvlm-vision\[vllm\]"):
-        FastVisionModel.from_pretrained(folder, fast_inference=True)
-    check_engine(False, 0.5)
-
-
-def test_the_engine_serves_the_checkpoint_that_was_loaded(folder):
-    model, _ = FastVisionModel.from_pretrained(folder, load_in_4bit=True, dtype="bf16")
-    options = engine_options(model, 512, 0.25, "hf_secret")
-    assert options == {
-        "model": str(folder),
-        "revision": None,
-        "trust_remote_code": False,
-        "dtype": "bfloat16",
-        "max_model_len": 512,
-        "gpu_memory_utilization": 0.25,
-        "enable_lora": True,
-        "quantization": "bitsandbytes",
-        "hf_token": "hf_secret",
-    }
 
 
 def test_the_token_is_in_nothing_that_is_returned_or_saved(folder, tmp_path):

@@ -180,11 +180,19 @@ def test_the_table_is_logged_once_and_kept(base, caplog):
     assert len(model.fvlm_targets.modules) == len(model.base_model.targeted_module_names)
 
 
-def test_trainable_parameters_are_printed(base, capsys):
-    model = FastVisionModel.get_peft_model(base, r=4)
-    model.print_trainable_parameters()
+def test_trainable_parameters_are_printed_tower_by_tower(base, tmp_path, capsys):
+    model = FastVisionModel.get_peft_model(base, r=4, finetune_vision_layers=False, finetune_mlp_modules=False)
+    model.save_pretrained(tmp_path)
+    again, _ = FastVisionModel.from_pretrained(tmp_path, load_in_16bit=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert f"trainable params: {trained:,}" in capsys.readouterr().out
+    for one in (model, again):
+        one.print_trainable_parameters()
+        printed = capsys.readouterr().out
+        assert f"trainable params: {trained:,}" in printed
+        assert str(model.fvlm_targets.table) in printed
+    rows = [line.split()[:5] for line in printed.splitlines()]
+    assert ["language", "attention", "8", "of", "8"] in rows
+    assert ["vision", "attention", "0", "of", "4"] in rows
 
 
 @pytest.mark.parametrize("mode", [False, True, "offload", "unsloth", "auto"])
@@ -217,6 +225,12 @@ def test_the_checkpointing_mode_is_applied(base, mode):
         ({"finetune_vision_layers": False, "finetune_language_layers": False}, "finetune_vision_layers=False"),
         ({"finetune_attention_modules": False, "finetune_mlp_modules": False}, "finetune_attention_modules=False"),
         ({"target_modules": ["nothing_proj"]}, "nothing_proj"),
+        ({"modules_to_save": ["nonsense"]}, "modules_to_save: 'nonsense' is the end of no module's name"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' is not a list"),  # PEFT takes its letters
+        ({"rank_pattern": {"x_proj": 2}}, "rank_pattern: 'x_proj' matches none of the 22 modules"),
+        ({"alpha_pattern": {"x_proj": 2}}, "alpha_pattern: 'x_proj' matches none"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=['q_proj'] is not a dictionary"),
+        ({"use_dora": "yes"}, "use_dora='yes' is not a boolean"),
     ],
     ids=str,
 )

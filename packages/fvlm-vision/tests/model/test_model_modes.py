@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from fvlm_core import checkpointing_mode
+from fvlm_core import ConfigError, checkpointing_mode
 from fvlm_vision import FastVisionModel
 
 
@@ -85,6 +85,12 @@ def test_training_undoes_recorded_decoding(adapted, prompt):
     FastVisionModel.for_training(model)
     assert "generate" not in vars(inner)
     assert decoding_report(model).recorded == 0
+
+
+@pytest.mark.parametrize("switch", [FastVisionModel.for_training, FastVisionModel.for_inference])
+def test_what_is_no_model_is_refused(switch):
+    with pytest.raises(ConfigError, match="model is a str: pass the model that from_pretrained returned"):
+        switch("folder")
 
 
 @pytest.mark.gpu

@@ -220,6 +220,11 @@ class RecordedLayer:
         _replay(self._backward_tape)
         return self._results(dy)
 
+    def forget_kept(self) -> None:
+        """Give up what was recorded of a layer that keeps what it computes, so that it can be recorded otherwise."""
+        self._held = None
+        self._forward_tape = self._kept_backward_tape = None
+
     def release(self) -> None:
         """Give up the recordings and the memory that they hold; a backward pass that is still due runs unrecorded."""
         self._released, self._held = True, None

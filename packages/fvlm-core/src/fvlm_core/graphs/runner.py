@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
 from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
 from fvlm_core.graphs.calls import module_of, names_behind_the_first
 from fvlm_core.graphs.fit import Fit, Fits, is_text
+from fvlm_core.graphs.kind import Kind
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
 from fvlm_core.graphs.sightings import Sightings
@@ -30,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 MOST_STAGES = 64
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
-_FIRST_GUESS = 1 << 28
-"""Bytes that the first layer of a kind is taken to keep, before one is recorded."""
 _OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
 """What the names of arguments start with that transformers hands to every layer, and that text layers do not read."""
 
@@ -66,10 +66,12 @@ class LayerGraphs:
         self._room = Room(memory_budget)
         self.keep = False
         self._recorders: dict[torch.device, Recorder] = {}
-        self._stages: OrderedDict[Key, _Kind] = OrderedDict()
+        self._stages: OrderedDict[Key, Kind] = OrderedDict()
         self._sightings = Sightings()
         self._trained: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._copies, self._arena, self._fits = Copies(), Arena(), Fits()
+        self._too_large: dict[type[nn.Module], int] = {}
+        """The smallest hidden state, in numbers, for which there was no memory to record a kind of layers."""
         self._off = False
         self.replayed = self.recorded = 0
 
@@ -126,15 +128,7 @@ class LayerGraphs:
         """
         if not self.holds:
             return False
-        for recorder in self._recorders.values():
-            recorder.forget()
-        for kind in self._stages.values():
-            for layer in kind.layers.values():
-                layer.release()
-            kind.layers.clear()
-            kind.told = False
-        if any(device.type == "cuda" for device in self._recorders):
-            torch.cuda.empty_cache()  # what records finds no memory that is cached elsewhere
+        self._drop_recordings()
         before = self._room.kept_bytes
         self._room.lower()
         logger.warning(
@@ -144,6 +138,15 @@ class LayerGraphs:
             self._room.most / 2**30,
         )
         return True
+
+    def _drop_recordings(self) -> None:
+        """Free all recordings; backward passes that are still due compute again what is gone."""
+        for recorder in self._recorders.values():
+            recorder.forget()
+        for kind in self._stages.values():
+            kind.release()
+        if any(device.type == "cuda" for device in self._recorders):
+            torch.cuda.empty_cache()  # what records finds no memory that is cached elsewhere
 
     def _prepared(self, layer: Callable[..., Any], args: tuple[Any, ...], keep_from: int | None) -> _Prepared | None:
         module = module_of(layer)
@@ -196,47 +199,61 @@ class LayerGraphs:
     ) -> _Prepared | None:
         """Record a layer; None where it cannot be."""
         kind = self._stages.get(key)
-        if kind is not None and kind.unfit:
+        if (kind is not None and kind.unfit) or prod(key[1]) >= self._too_large.get(type(module), float("inf")):
             return None
         state = LayerState(module)
         if not state.recordable:
             return None
-        if kind is None:
-            kind = self._new_kind(key, Stage(hidden, fit.kwargs, fit.tokens, needs_dx, self._arena))
-        recorder = self._recorder_for(hidden.device)
-        call = partial(layer.func, *layer.args)
-        recorded = RecordedLayer(state, kind.stage, call, recorder, autocast, self._copies, keep_from)
-        kind.stage.load_arguments(tuple(fit.kwargs.values()))
-        if not kind.layers and not recorded.warm_up():
-            kind.unfit = True
-            return None
-        if not self._record(recorded, kind, module):
-            return None
+        try:
+            if kind is None:
+                kind = self._new_kind(key, Stage(hidden, fit.kwargs, fit.tokens, needs_dx, self._arena))
+            recorder = self._recorder_for(hidden.device)
+            call = partial(layer.func, *layer.args)
+            recorded = RecordedLayer(state, kind.stage, call, recorder, autocast, self._copies, keep_from)
+            kind.stage.load_arguments(tuple(fit.kwargs.values()))
+            if not kind.layers and not recorded.warm_up():
+                kind.unfit = True
+                return None
+            if not self._record(recorded, kind, module):
+                return None
+        except torch.OutOfMemoryError:
+            if not self.holds:  # else it is tried again without what is held
+                self._leave_unrecorded(type(module), key)
+            raise
         kind.layers[module] = recorded
         return recorded, tuple(fit.kwargs.values())
 
-    def _record(self, recorded: RecordedLayer, kind: _Kind, module: nn.Module) -> bool:
-        device = recorded.stage.x.device
-        keep = self.keep and self._room.has_for(kind.kept_bytes or _FIRST_GUESS, device)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    def _leave_unrecorded(self, layer: type[nn.Module], key: Key) -> None:
+        """Note that there is no memory to record a shape: neither it nor any larger one of such layers is tried again.
+
+        What is recorded is freed, for the layer itself may need that memory; smaller shapes are recorded anew.
+        """
+        self._too_large[layer] = prod(key[1])
+        self._drop_recordings()
+        self._stages.pop(key, None)
+        logger.warning(
+            "No memory to record %s for hidden states of shape %s: such layers, and larger ones, run as they are.",
+            layer.__name__,
+            tuple(key[1]),
+        )
+
+    def _record(self, recorded: RecordedLayer, kind: Kind, module: nn.Module) -> bool:
         try:
-            recorded.record(keep)
+            kind.record(recorded, module, self.keep, self._room)
+        except torch.OutOfMemoryError:
+            recorded.release()
+            raise
         except RuntimeError as error:
             self._off = True
+            recorded.release()
+            self._drop_recordings()  # nothing replays them any more
+            self._room.kept_bytes = 0
             logger.warning(
                 "%s cannot be recorded as a CUDA graph (%s): all layers run as they are.",
                 type(module).__name__,
                 str(error).splitlines()[0],
             )
             return False
-        if recorded.kept:
-            size = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 1 << 20
-            kind.kept_bytes = max(size, 1)
-            self._room.kept_bytes += kind.kept_bytes
-        elif self.keep and kind.kept_bytes and not kind.told:
-            kind.told = True
-            logger.info("No room for more than %d kept layers of %s: the others compute again in the backward pass.",
-                        len(kind.layers), type(module).__name__)  # fmt: skip
         self.recorded += 1
         return True
 
@@ -249,12 +266,12 @@ class LayerGraphs:
             and not torch.compiler.is_compiling()
         )
 
-    def _new_kind(self, key: Key, stage: Stage) -> _Kind:
+    def _new_kind(self, key: Key, stage: Stage) -> Kind:
         while len(self._stages) >= MOST_STAGES:
             old, dropped = self._stages.popitem(last=False)
             self._sightings.forget(old)  # it must come twice again
             self._room.kept_bytes -= dropped.kept_bytes * sum(layer.kept for layer in dropped.layers.values())
-        kind = self._stages[key] = _Kind(stage)
+        kind = self._stages[key] = Kind(stage)
         logger.info("Recording %s for hidden states of shape %s.", key[0].__name__, tuple(key[1]))
         return kind
 
@@ -268,13 +285,3 @@ def _made(rehearse: bool, memory_budget: float | None, keep_attention_from: int,
     graphs = LayerGraphs(rehearse, memory_budget, keep_attention_from)
     graphs.keep = keep
     return graphs
-
-
-class _Kind:
-    """The layers that are recorded for one stage."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.layers: dict[nn.Module, RecordedLayer] = {}
-        self.unfit = self.told = False
-        self.kept_bytes = 0

@@ -1,0 +1,87 @@
+"""The layers that are recorded for one stage, and what each of them may keep when it is recorded."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from fvlm_core.graphs.layer import RecordedLayer
+from fvlm_core.graphs.room import Room
+from fvlm_core.graphs.stage import Stage
+
+logger = logging.getLogger(__name__)
+
+_FIRST_GUESS = 1 << 28
+"""Bytes that the first layer of a kind is taken to keep, before one is recorded."""
+
+
+class Kind:
+    """The layers that are recorded for one stage.
+
+    Args:
+        stage: the memory that they work on.
+
+    Attributes:
+        layers: the recorded ones.
+        unfit: whether layers of this kind turned out to be none that can be recorded.
+        kept_bytes: how much each of them holds that keeps what it computes; 0 before one does.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.layers: dict[nn.Module, RecordedLayer] = {}
+        self.unfit = self._told = False
+        self.kept_bytes = 0
+
+    def record(self, recorded: RecordedLayer, module: nn.Module, keep: bool, room: Room) -> None:
+        """Record a layer and count what it keeps.
+
+        Args:
+            recorded: the layer.
+            module: whose it is.
+            keep: whether it is to keep what it computes, if there is room.
+            room: how much may be kept.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice, even if the layer keeps nothing.
+            RuntimeError: the layer does something that cannot be recorded.
+        """
+        device = self.stage.x.device
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        fits = keep and room.has_for(self.kept_bytes or _FIRST_GUESS, device)
+        if not (fits and self._keeps(recorded, module, room)):
+            recorded.record(False)
+        if recorded.kept:
+            size = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 1 << 20
+            self.kept_bytes = max(size, 1)
+            room.kept_bytes += self.kept_bytes
+        elif keep and self.kept_bytes:
+            self._tell(module)
+
+    def _keeps(self, recorded: RecordedLayer, module: nn.Module, room: Room) -> bool:
+        """Record a layer that keeps what it computes; False where that does not fit after all."""
+        try:
+            recorded.record(True)
+            return True
+        except torch.OutOfMemoryError:
+            recorded.forget_kept()
+        room.most = room.kept_bytes  # no later layer tries it again
+        self._tell(module)
+        if self.stage.x.is_cuda:
+            torch.cuda.empty_cache()  # what records finds no memory that is cached elsewhere
+        return False
+
+    def _tell(self, module: nn.Module) -> None:
+        if not self._told:
+            self._told = True
+            logger.info("No room for more than %d kept layers of %s: the others compute again in the backward pass.",
+                        len(self.layers), type(module).__name__)  # fmt: skip
+
+    def release(self) -> None:
+        """Free all recordings; backward passes that are still due compute again what is gone."""
+        for layer in self.layers.values():
+            layer.release()
+        self.layers.clear()
+        self._told = False

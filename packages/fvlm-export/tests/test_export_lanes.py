@@ -65,27 +65,40 @@ def test_two_shards_side_by_side_come_out_as_one_after_the_other(
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_shard_that_fails_breaks_off_the_one_beside_it(
-    tools: Any, adapter: Path, tmp_path: Path, beside: None, monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize("torn", [True, False], ids=["torn", "refused"])
+def test_a_shard_that_fails_breaks_off_those_after_it(
+    tools: Any,
+    adapter: Path,
+    tmp_path: Path,
+    beside: None,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    torn: bool,
 ) -> None:
-    base, real = tools.checkpoint(), SafetensorWriter.write
+    base, real, done = tools.checkpoint(), SafetensorWriter.write, SafetensorWriter.finish
     names = sorted(p.name for p in merge(adapter, tmp_path / "whole", base).glob("*.safetensors"))
     finished: list[str] = []
+    failed = threading.Event()
 
-    def torn(self: SafetensorWriter, name: str, pieces: Iterable[memoryview]) -> None:
+    def bad(self: SafetensorWriter, name: str, pieces: Iterable[memoryview]) -> None:
         if self.path.name == names[number]:
-            pieces = [memoryview(bytes(piece)[::-1]) for piece in pieces]
+            failed.set()
+            if not torn:
+                raise ExportError("a shard fails; merge again.")
+            pieces = [memoryview(bytes(piece)[::-1]) for piece in pieces]  # the proof of it fails, a little later
+        failed.wait(20)
         real(self, name, pieces)
 
-    monkeypatch.setattr(SafetensorWriter, "write", torn)
-    done = SafetensorWriter.finish
+    monkeypatch.setattr(SafetensorWriter, "write", bad)
     monkeypatch.setattr(SafetensorWriter, "finish", lambda self: finished.append(self.path.name) or done(self))
     before = threading.active_count()
     with pytest.raises(ExportError, match=r"merge again|NaN"):
         merge(adapter, tmp_path / "out", base)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
-    assert len(finished) < len(names)
     assert threading.active_count() <= before
+    if not torn:
+        assert names[2] not in finished, "none is begun after the one that failed"
+        assert names[0] in finished or number == 0, "the one before it goes on"
 
 
 def test_no_more_tensors_are_at_work_than_a_shard_holds(

@@ -171,10 +171,16 @@ class _Desk:
             CancelledError: the desk was closed, or an earlier shard failed.
         """
         self._unfinished.acquire()
-        try:
+        with self._or_none_after(number):
             return self._made(number)
+
+    @contextmanager
+    def _or_none_after(self, number: int) -> Iterator[None]:
+        """Let no shard after this one go on if it fails; those before it do: a later run can take them over."""
+        try:
+            yield
         except BaseException:
-            self.close(number)  # those before it go on: a later run can take them over
+            self.close(number)
             raise
 
     def _made(self, number: int) -> _Written | WrittenFile:
@@ -215,6 +221,7 @@ class _Desk:
             SafetensorWriter(path, infos, durable=self._how.durable) as writer,
             ThreadPoolExecutor(1) as thread,
             self._following(path, number) as follower,
+            self._or_none_after(number),  # at once, before what was begun is wound up
         ):
 
             def put(item: Item, copied: Shard | None, values: dict[str, torch.Tensor]) -> None:

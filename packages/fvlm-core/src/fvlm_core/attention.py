@@ -8,6 +8,7 @@ interface; no class is changed) and computes what stock SDPA does image by image
 * images of one size (`count · longest == total`, known without asking the device) run as one batched SDPA
   call on views;
 * images of different sizes on a GPU in half precision go to `fvlm_kernels.varlen_attention`;
+* of both, those with many patches go to FlashAttention-4 where it is installed (`fvlm_core.flash`);
 * anything else is split and looped over, as stock does.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from fvlm_core import flash
 from fvlm_core.passes import kept_attention
 from fvlm_kernels import varlen_attention
 from fvlm_kernels.varlen_attention import runs_flash
@@ -75,6 +77,8 @@ def varlen_attention_forward(
         kept = None if dropout else kept_attention(q, k, v, causal=is_causal, scale=scaling)
         if kept is not None:
             return kept
+        if not dropout and flash.takes(q, k, causal=is_causal):
+            return flash.attention(q, k, v, causal=is_causal, scale=scaling)
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
 
     if count * max_length_q == total:
@@ -88,8 +92,12 @@ def varlen_attention_forward(
         return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
     if dropout == 0.0 and runs_flash(query):
         q, k, v = (packed.squeeze(0).transpose(0, 1) for packed in (query, key, value))
-        flash = varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, causal=is_causal, scale=scaling, impl="flash")
-        return flash.unsqueeze(0), None
+        if flash.takes(q, k, causal=is_causal, segments=True):
+            bounds = cu_seq_lens_q.to(torch.int32)
+            out = flash.attention(q, k, v, causal=is_causal, scale=scaling, cu=bounds, longest=max_length_q)
+        else:
+            out = varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, causal=is_causal, scale=scaling, impl="flash")
+        return out.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()
     pieces = zip(*(packed.split(lengths, dim=2) for packed in (query, key, value)), strict=True)
     return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=2).transpose(1, 2), None

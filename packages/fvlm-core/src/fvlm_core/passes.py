@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fvlm_core import flash
 from fvlm_kernels import AttentionResiduals, attention_from_residuals, attention_with_residuals
 
 if TYPE_CHECKING:
@@ -86,8 +87,13 @@ def kept_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
         return None
     if this.again:
         known = this.kept.pop(0)
+        if known is not None and known.backend == flash.NAME:
+            return flash.attention(q, k, v, causal=causal, scale=scale, known=known)
         return None if known is None else attention_from_residuals(q, k, v, known, causal=causal, scale=scale)
-    made = attention_with_residuals(q, k, v, causal=causal, scale=scale)
+    if flash.takes(q, k, causal=causal):
+        made: AttentionResiduals | None = flash.residuals(q, k, v, causal=causal, scale=scale)
+    else:
+        made = attention_with_residuals(q, k, v, causal=causal, scale=scale)
     this.kept.append(made)
     return None if made is None else made.out
 

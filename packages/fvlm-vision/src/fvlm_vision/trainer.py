@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -159,6 +160,24 @@ class FastVisionTrainer(SteppingTrainer):
             eval_dataset = _eval_rows(eval_dataset, self._numbered)
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load what a checkpoint holds; a whole model's weights under whatever names they were saved."""
+        if not self._loaded_whole(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._loaded_whole(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _loaded_whole(self, folder: str | None) -> bool:
+        from fvlm_export.reload import holds_weights, load_saved_weights
+
+        model: Any = self.model
+        if folder is None or isinstance(model, PeftModel) or not holds_weights(Path(folder)):
+            return False
+        load_saved_weights(model, Path(folder))
+        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a report of the trainer's own has the share of learned tokens that the model said right since the last.

@@ -8,7 +8,7 @@ import pytest
 
 from fvlm_cli.exits import Exit, judge
 from fvlm_cli.output import Output
-from fvlm_core.errors import CheckpointError, ConfigError, DataError, ExportError, MissingExtraError
+from fvlm_core.errors import CheckpointError, ConfigError, DataError, ExportError, MissingExtraError, ResourceError
 
 
 def caused(cause: BaseException) -> ExportError:
@@ -24,6 +24,7 @@ def caused(cause: BaseException) -> ExportError:
         (DataError("no image.", 3), Exit.DATA),
         (CheckpointError("torn."), Exit.DATA),
         (MissingExtraError("install it."), Exit.RESOURCES),
+        (ResourceError("memory ran out."), Exit.RESOURCES),
         (ExportError("refused."), Exit.FAILED),
         (caused(OSError(errno.ENOSPC, "No space left on device")), Exit.RESOURCES),
         (caused(ConnectionError("cut")), Exit.REMOTE),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from enum import IntEnum
 
-from fvlm_core.errors import CheckpointError, DataError, ExportError, FvlmError, MissingExtraError
+from fvlm_core.errors import CheckpointError, DataError, ExportError, FvlmError, MissingExtraError, ResourceError
 
 
 class Exit(IntEnum):
@@ -51,7 +51,7 @@ def _kind(error: FvlmError) -> Exit:
         return Exit.REMOTE
     if isinstance(error, DataError | CheckpointError):
         return Exit.DATA
-    if isinstance(error, MissingExtraError):
+    if isinstance(error, MissingExtraError | ResourceError):
         return Exit.RESOURCES
     if isinstance(error, ExportError):
         no_room = any(isinstance(cause, OSError) and cause.errno in _NO_ROOM for cause in causes)

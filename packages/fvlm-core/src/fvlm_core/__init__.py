@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ExportError,
         FvlmError,
         MissingExtraError,
+        ResourceError,
     )
     from fvlm_core.load import load_model
     from fvlm_core.origin import Origin, origin_of, set_origin
@@ -40,6 +41,7 @@ _HOME = {
     "ExportError": "errors",
     "FvlmError": "errors",
     "MissingExtraError": "errors",
+    "ResourceError": "errors",
     "load_model": "load",
     "Origin": "origin",
     "origin_of": "origin",
@@ -53,6 +55,7 @@ __all__ = [  # noqa: RUF022 (grouped by module, as in _HOME)
     "ArchFacts", "LinearModule", "facts_by_type", "facts_for", "linear_modules",
     "apply_checkpointing", "checkpointing_mode", "remove_checkpointing",
     "CheckpointError", "ConfigError", "DataError", "ExportError", "FvlmError", "MissingExtraError",
+    "ResourceError",
     "load_model",
     "Origin", "origin_of", "set_origin",
     "Precision", "choose_dtype", "choose_precision",

@@ -78,7 +78,7 @@ class Recompute:
             if out is not None:
                 return out
             if self.graphs.holds:
-                start = RandomState(next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu")))
+                start = RandomState({a.device for a in args if isinstance(a, torch.Tensor)})
                 graphs = self.graphs
                 return once_more(lambda: self._unrecorded(layer, args), lambda: graphs.give_back() and start.restore())
         return self._unrecorded(layer, args)

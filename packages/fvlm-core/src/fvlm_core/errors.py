@@ -40,5 +40,9 @@ class ExportError(FvlmError, RuntimeError):
     """A merge, its verification, a save or a push failed; nothing that looks finished was left behind."""
 
 
+class ResourceError(FvlmError, RuntimeError):
+    """Device memory does not suffice for what was asked for."""
+
+
 class MissingExtraError(FvlmError, ImportError):
     """An optional package is needed; the message says which extra installs it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -11,22 +11,21 @@ Result = TypeVar("Result")
 
 
 class RandomState:
-    """Where the generators of the host and of one device stand now.
+    """Where the generators of the host and of devices stand now.
 
     Args:
-        device: any; only CUDA devices have a generator beside the host's.
+        devices: any; only CUDA devices have a generator beside the host's.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, devices: Iterable[torch.device]) -> None:
         self._host = torch.get_rng_state()
-        self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._on_devices = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 
     def restore(self) -> bool:
         """Set the generators back; return True, for use behind a condition."""
         torch.set_rng_state(self._host)
-        if self._on_device is not None:
-            torch.cuda.set_rng_state(self._on_device, self._device)
+        for device, state in self._on_devices.items():
+            torch.cuda.set_rng_state(state, device)
         return True
 
 

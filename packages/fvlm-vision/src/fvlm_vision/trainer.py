@@ -22,8 +22,8 @@ from fvlm_core.fused import LEARNED_TOKENS
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.overflow import OverflowLog
 from fvlm_vision.processes import NOTHING, counting
+from fvlm_vision.repeating import RepeatingTrainer
 from fvlm_vision.rows import training_rows
-from fvlm_vision.stepping import SteppingTrainer
 from fvlm_vision.training_args import align, own_copy, sequence_limit
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class FastVisionTrainer(SteppingTrainer):
+class FastVisionTrainer(RepeatingTrainer):
     """Trains a vision-language model. Everything that `trl.SFTTrainer` takes is taken, and:
 
     Args:
@@ -193,9 +193,6 @@ class FastVisionTrainer(SteppingTrainer):
             if total:
                 self._metrics[mode]["mean_token_accuracy"].append(correct / total)
         super().log(logs, start_time)
-
-    def _mode(self) -> str:
-        return "train" if self.model is not None and self.model.training else "eval"
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count learned tokens; at least one, so that a step with no sample left has the loss 0, not NaN."""

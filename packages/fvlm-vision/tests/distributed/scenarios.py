@@ -23,7 +23,7 @@ from PIL import Image
 from trl import SFTConfig
 
 from fvlm_core.checkpointing import graphs_of, use_graphs
-from fvlm_core.graphs import LayerGraphs
+from fvlm_core.graphs import LayerGraphs, layer
 from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # as conftest.py: one arithmetic on every CPU
@@ -152,7 +152,41 @@ def without_images_at_all(checkpoint: Path, scratch: Path) -> dict[str, Any]:
 
 def recorded(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     """Fused and recorded layers in 4 bit; each rank has another budget for what its layers keep."""
-    graphs = LayerGraphs(rehearse=True, memory_budget=(None, 0.0001)[RANK])
+    return _recorded(checkpoint, scratch, LayerGraphs(rehearse=True, memory_budget=(None, 0.0001)[RANK]))
+
+
+def short(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Memory runs out in a layer of the last process alone, which goes on with what its layers kept given back."""
+    replay, calls = layer._replay, 0
+
+    def short_of_memory(tape: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 15 and RANK == WORLD - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        replay(tape)
+
+    layer._replay = short_of_memory
+    try:
+        return _recorded(checkpoint, scratch, LayerGraphs(rehearse=True))
+    finally:
+        layer._replay = replay
+
+
+def stuck(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Memory runs out in the last process outside of layers, for a batch that it cannot repeat alone."""
+    loss = FastVisionTrainer.compute_loss
+
+    def short_of_memory(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 3 and RANK == WORLD - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss(trainer, *args, **kwargs)
+
+    FastVisionTrainer.compute_loss = short_of_memory
+    return _recorded(checkpoint, scratch, LayerGraphs(rehearse=True))
+
+
+def _recorded(checkpoint: Path, scratch: Path, graphs: LayerGraphs) -> dict[str, Any]:
     trainer, _ = train(
         checkpoint,
         scratch,

@@ -15,7 +15,7 @@ from fvlm_core.testing import tiny_checkpoint
 SCRIPT = Path(__file__).with_name("scenarios.py")
 ALONE = [
     *("plain", "accumulated", "packed", "frozen", "without_images", "without_images_at_all"),
-    *("recorded", "skipped", "streamed", "resumed", "merged"),
+    *("recorded", "short", "skipped", "streamed", "resumed", "merged"),
 ]
 """Scenarios of `scenarios.py` in which a process alone gets the same."""
 LIMIT_S = 240
@@ -93,6 +93,20 @@ def test_recordings_are_replayed_and_each_process_keeps_what_fits(runs):
     first, second = runs.ranks("recorded")
     assert first["replayed"] > first["recorded"] > 0
     assert first["kept"] > second["kept"] == 0
+
+
+def test_a_process_that_runs_out_of_memory_in_a_layer_goes_on(runs):
+    first, second = runs.ranks("short")
+    assert first["kept"] > second["kept"] > 0
+
+
+def test_a_process_that_would_have_to_repeat_a_batch_says_so(tmp_path):
+    checkpoint = tiny_checkpoint("qwen2_vl", tmp_path / "tiny", dtype=torch.float32)
+    run = start(checkpoint, tmp_path, 2, ["stuck"])
+    assert run.wait(timeout=LIMIT_S) != 0
+    said = (tmp_path / "2.log").read_text()
+    assert "ResourceError: memory of cpu:0 ran out in step 4, over a batch of 2 x " in said
+    assert "pass a lower memory_budget to from_pretrained, since the batch cannot be repeated where 2 processes" in said
 
 
 @pytest.mark.parametrize("name", ["skipped", "streamed"])

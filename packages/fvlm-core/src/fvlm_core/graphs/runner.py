@@ -117,6 +117,11 @@ class LayerGraphs:
         """Whether layers hold memory between their passes that `give_back` would free."""
         return self._room.kept_bytes > 0
 
+    @property
+    def may_hold(self) -> bool:
+        """Whether layers hold such memory now, or may come to."""
+        return self.holds or (self.keep and self._room.most > 0)
+
     def give_back(self) -> bool:
         """Free what layers keep, since memory ran out, and let them keep less from now on.
 

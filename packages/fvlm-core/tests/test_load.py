@@ -233,12 +233,6 @@ def test_the_computing_dtype_of_a_quantized_checkpoint_is_the_chosen_one(stored)
         }
 
 
-def test_options_reach_the_model(tiny):
-    model = load_model(tiny("qwen2_vl"), precision=Precision.HALF, attn_implementation="eager")
-    assert model.config._attn_implementation == "eager"
-    assert model.model.visual.config._attn_implementation == "eager"
-
-
 def test_the_token_is_nowhere_afterwards(tiny, tmp_path, caplog):
     token = "hf_tokenthatmustnotleak"
     with caplog.at_level(logging.DEBUG):

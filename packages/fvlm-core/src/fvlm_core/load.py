@@ -83,6 +83,8 @@ def load_model(
     source = find_source(model_name, revision, token, **hub)
     placed = choose_device_map(device_map)
     enter_device(placed)
+    if "max_memory" in options and isinstance(placed, dict):
+        logger.warning("max_memory does nothing here: %s places the whole model.", placed)
     chosen_dtype = choose_dtype(dtype, main_device(placed))
     stored = stored_precision(read_config(source, trust_remote_code), source.name)
     settled = settle_precision(precision, stored, source.name)
@@ -208,6 +210,8 @@ def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> P
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below with one sentence
             output_loading_info=True,
+            # Where transformers looks for an adapter in the model's repository: else at the default branch, by network.
+            adapter_kwargs={key: value for key, value in source.options.items() if key != "token"},
             **source.options,
             **options,
         )

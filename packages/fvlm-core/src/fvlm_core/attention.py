@@ -109,5 +109,15 @@ def use_varlen_attention(tower: PreTrainedModel) -> None:
     Args:
         tower: a vision tower (e.g. `model.model.visual`) whose attention takes cumulative lengths.
     """
-    AttentionInterface.register(VARLEN_ATTENTION, varlen_attention_forward)
+    vars(tower)["_fvlm_attention"] = _Registered()
     tower.config._attn_implementation = VARLEN_ATTENTION
+
+
+class _Registered:
+    """Makes the name of the attention known, also in a process into which a stored tower is loaded."""
+
+    def __init__(self) -> None:
+        AttentionInterface.register(VARLEN_ATTENTION, varlen_attention_forward)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Registered, ()

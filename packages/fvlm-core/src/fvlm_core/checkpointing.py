@@ -21,12 +21,12 @@ from __future__ import annotations
 import logging
 from functools import partial
 from inspect import signature
-from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fvlm_core.bound import bind
 from fvlm_core.errors import ConfigError
 from fvlm_core.graphs import LayerGraphs, module_of
 from fvlm_core.offload import all_offloaded, offloaded
@@ -148,8 +148,8 @@ def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
     vars(base)[_CHOSEN] = chosen
     base.disable_input_require_grads()  # what PEFT or a Trainer set before
     _switch(base, chosen)
-    vars(base)["gradient_checkpointing_enable"] = MethodType(gradient_checkpointing_enable, base)
-    vars(base)["enable_input_require_grads"] = MethodType(enable_input_require_grads, base)
+    bind(base, gradient_checkpointing_enable)
+    bind(base, enable_input_require_grads)
     return chosen
 
 
@@ -226,8 +226,7 @@ def _switch(base: PreTrainedModel, mode: bool | str) -> None:
         base.gradient_checkpointing_disable()
 
 
-# The two methods that `apply_checkpointing` sets on the instance. They keep the names of the methods they stand for, so
-# that a pickled or copied model resolves them.
+# The two methods that `apply_checkpointing` sets on the instance, under their names.
 
 
 def gradient_checkpointing_enable(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from fvlm_core.bound import bind
 from fvlm_core.errors import ConfigError
 from fvlm_vision.processes import is_first_process
 
@@ -31,7 +31,7 @@ def bind_methods(model: PreTrainedModel | PeftModel) -> None:
     if isinstance(model, PeftModel):
         methods.append(save_pretrained)
     for method in methods:
-        vars(model)[method.__name__] = MethodType(method, model)
+        bind(model, method)
 
 
 def save_pretrained(

@@ -9,13 +9,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fvlm_core.arch import facts_for, task_model
+from fvlm_core.bound import bind
 from fvlm_core.decoding.cache import FixedCache
 from fvlm_core.decoding.fitness import MOST_ROWS, call_unfit, crossing_layers, model_unfit
 from fvlm_core.decoding.greedy import GreedyChoice
@@ -89,8 +89,8 @@ class Decoder:
         return Decoder(copy.deepcopy(self._model, memo), self._rehearse)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """None in a pickled model: its layers are no longer fused, and ``generate`` is its class's again."""
-        return type(None), ()
+        """A stored model records anew as well."""
+        return Decoder, (self._model, self._rehearse)
 
     @cached_property
     def _language(self) -> Any:
@@ -218,7 +218,7 @@ def _request_unfit(request: Request, mask: Any, model_kwargs: Mapping[str, Any])
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Generate as the model's class does, its loop replaced by recorded steps where that is possible.
 
-    Bound to an instance. It has the name of the method that it stands for, so that a pickled model resolves it.
+    Bound to an instance, under its name.
     """
     stock = type(model).generate
     decoder: Decoder = vars(model)[_DECODER]
@@ -283,7 +283,7 @@ def enable_decoding(model: nn.Module, rehearse: bool = False) -> str | None:
         logger.info("Decoding stays as transformers has it: %s.", reason)
         return reason
     vars(inner)[_DECODER] = Decoder(inner, rehearse)
-    vars(inner)["generate"] = MethodType(generate, inner)
+    bind(inner, generate)
     return None
 
 

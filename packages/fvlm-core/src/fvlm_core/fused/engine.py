@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fvlm_core.arch import facts_for, plain_modules, task_model
+from fvlm_core.bound import in_place_of
 from fvlm_core.errors import CheckpointError
 from fvlm_core.fused.adapted import forget
 from fvlm_core.fused.cache import NAMES
@@ -120,32 +120,22 @@ def _bind(module: nn.Module, kind: str) -> str | None:
         return None
     if "forward" in vars(module):
         return "has a forward of its own"
-    layer = LAYERS[kind]
-    reason = layer.unfit(module)
+    reason = LAYERS[kind].unfit(module)
     if reason is None:
-        checkpointed = _checkpoints_in_forward(module)
-        fused = _with_signature(layer.forward, type(module).forward, kind, checkpointed)
-        vars(module)["forward"] = MethodType(fused, module)
+        fused = in_place_of(module, "forward", _run, kind, _checkpoints_in_forward(module))
+        setattr(fused, KIND, kind)
     return reason
 
 
-@functools.cache
-def _with_signature(
-    forward: Callable[..., Any], replaced: Callable[..., Any], kind: str, checkpointed: bool
-) -> Callable[..., Any]:
-    """Return a fused forward that shows the signature of the one it replaces, which generation and trainers read."""
-
-    @functools.wraps(replaced)
-    def bound(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if checkpointed and module.training and module.gradient_checkpointing and torch.is_grad_enabled():
-            uncached = {name: value for name, value in kwargs.items() if name not in _CACHES}
-            if "use_cache" in uncached:
-                uncached["use_cache"] = False
-            return module._gradient_checkpointing_func(functools.partial(forward, module, **uncached), *args)
-        return forward(module, *args, **kwargs)
-
-    setattr(bound, KIND, kind)
-    return bound
+def _run(module: Any, kind: str, checkpointed: bool, /, *args: Any, **kwargs: Any) -> Any:
+    """Run the fused forward of a kind in a module's place; what is bound to the module."""
+    forward = LAYERS[kind].forward
+    if checkpointed and module.training and module.gradient_checkpointing and torch.is_grad_enabled():
+        uncached = {name: value for name, value in kwargs.items() if name not in _CACHES}
+        if "use_cache" in uncached:
+            uncached["use_cache"] = False
+        return module._gradient_checkpointing_func(partial(forward, module, **uncached), *args)
+    return forward(module, *args, **kwargs)
 
 
 def _checkpoints_in_forward(module: nn.Module) -> bool:

@@ -18,7 +18,14 @@ NOTHING = float("-inf")
 
 
 def is_first_process() -> bool:
-    """Tell whether this process is the first of those that torchrun or accelerate started, or stands alone."""
+    """Tell whether this process is the first of its process group, or of those that a launcher has just started.
+
+    One that stands alone is the first.
+    """
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -282,6 +282,23 @@ def merged(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     return found(trainer, path=str(path), files=sorted(file.name for file in path.iterdir()))
 
 
+def saved(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Every process saves an adapter and a model without one, into folders of its own; the first process writes."""
+    trainer, _ = train(checkpoint, scratch)
+    launched = os.environ.pop("RANK", None)  # what tells is the process group, not how it was started
+    whole, _ = FastVisionModel.from_pretrained(checkpoint, full_finetuning=True)
+    for kind, model in {"adapter": trainer.model, "whole": whole}.items():
+        model.save_pretrained(scratch / f"{kind}-of-{RANK}")
+        if kind == "adapter":  # of a whole model, transformers has the last word
+            model.save_pretrained(scratch / f"{kind}-of-{RANK}-asked", is_main_process=True)
+        model.save_pretrained(scratch / f"{kind}-of-{RANK}-declined", is_main_process=False)
+    if launched is not None:
+        os.environ["RANK"] = launched
+    trainer.accelerator.wait_for_everyone()
+    folders = {path.name: sorted(file.name for file in path.iterdir()) for path in scratch.glob("*-of-*")}
+    return found(trainer, folders=folders)
+
+
 def main(arguments: list[str]) -> None:
     checkpoint, out, *names = arguments
     for name in names:

@@ -15,7 +15,7 @@ from fvlm_core.testing import tiny_checkpoint
 SCRIPT = Path(__file__).with_name("scenarios.py")
 ALONE = [
     *("plain", "accumulated", "packed", "frozen", "without_images", "without_images_at_all"),
-    *("recorded", "short", "skipped", "streamed", "resumed", "merged"),
+    *("recorded", "short", "skipped", "streamed", "resumed", "merged", "saved"),
 ]
 """Scenarios of `scenarios.py` in which a process alone gets the same."""
 LIMIT_S = 240
@@ -128,6 +128,16 @@ def test_one_process_merges_for_all(runs):
     for rank in runs.ranks("merged"):
         assert rank["files"] == one["files"]
         assert Path(rank["path"]).name == "merged"
+
+
+def test_the_first_process_saves_and_another_where_it_is_asked_to(runs):
+    one = runs.alone("saved")["folders"]
+    assert sorted(one) == ["adapter-of-0", "adapter-of-0-asked", "whole-of-0"]
+    assert {"adapter_model.safetensors", "fvlm_adapter.json"} <= set(one["adapter-of-0"])
+    assert {"model.safetensors", "config.json"} <= set(one["whole-of-0"])
+    both = {**one, "adapter-of-1-asked": one["adapter-of-0"]}
+    for rank in runs.ranks("saved"):
+        assert rank["folders"] == both
 
 
 def test_rows_grouped_by_length_are_in_one_order_for_all(runs):

@@ -50,6 +50,11 @@ def test_tools() -> list[str]:
     return nox.project.dependency_groups(pyproject(ROOT), "test")
 
 
+def video() -> list[str]:
+    """Return the requirements of video files: small, and tested wherever FFmpeg is (FVLM_VIDEO=1: it must be)."""
+    return list(pyproject(folder("vision"))["project"]["optional-dependencies"]["video"])
+
+
 def with_siblings(package: str) -> list[str]:
     """Return the package and every sibling that it needs, the lowest first."""
     needed = {package}
@@ -78,8 +83,8 @@ def locked(session: nox.Session) -> str:
     """Write the versions that `uv.lock` pins as a constraints file; return its path."""
     out = Path(session.create_tmp()) / "constraints.txt"
     session.run(
-        *("uv", "export", "--quiet", "--all-packages", "--all-groups", "--no-emit-workspace", "--no-hashes"),
-        *("--no-annotate", "--no-header", "--output-file", str(out)),
+        *("uv", "export", "--quiet", "--all-packages", "--all-groups", "--extra", "video", "--no-emit-workspace"),
+        *("--no-hashes", "--no-annotate", "--no-header", "--output-file", str(out)),
         external=True,
         silent=True,
     )
@@ -147,7 +152,7 @@ def types(session: nox.Session) -> None:
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
     """Test one package where only what it declares is installed."""
-    install_wheels(session, package, *test_tools())
+    install_wheels(session, package, *test_tools(), *(video() if package == "vision" else ()))
     pytest(session, str(folder(package) / "tests"))
 
 
@@ -185,7 +190,7 @@ def resolve(session: nox.Session, *arguments: str) -> None:
     """Install all packages and the test tools, with their dependencies resolved anew, free of the workspace's pins."""
     declared = {line for name in PACKAGES for line in pyproject(folder(name))["project"]["dependencies"]}
     libraries = sorted(line for line in declared if not line.startswith("fvlm-"))
-    wanted = [*libraries, *test_tools(), *nox.project.dependency_groups(pyproject(ROOT), "notebooks")]
+    wanted = [*libraries, *video(), *test_tools(), *nox.project.dependency_groups(pyproject(ROOT), "notebooks")]
     with tempfile.TemporaryDirectory() as work, session.chdir(work):  # in the workspace its constraints would hold
         Path("wanted.in").write_text("\n".join(wanted) + "\n", encoding="utf-8")
         compile_ = ("uv", "pip", "compile", "--quiet", "--no-annotate", f"--python={session.virtualenv.location}")

@@ -224,9 +224,10 @@ class VideoReader:
         """Return a decoder of a file, and what messages call the file."""
         try:
             from torchcodec.decoders import VideoDecoder
-        except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: it is there and finds no FFmpeg
+        except (ImportError, RuntimeError, OSError) as error:  # it may be there and find no FFmpeg, or another torch
             raise MissingExtraError(
-                "Video files need torchcodec and FFmpeg: pip install fvlm-vision[video], or give a list of frames "
+                "Video files need FFmpeg's libraries and a torchcodec that fits torch (0.10 for torch 2.10, 0.11 or "
+                "newer for newer ones): pip install fvlm-vision[video], or give a list of frames "
                 f"({' '.join(str(error).split())[:80]})."
             ) from error
         name, stored = self._stored(source)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from fvlm_vision.media import ImageReader
 from fvlm_vision.video import VideoOptions, VideoReader
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-CLIP = Path(__file__).parent / "clip.mp4"  # 12 frames of 56 × 56 at 4 a second; frame n is grey, of 16 + 16 n
 
 
 @pytest.fixture
@@ -248,27 +245,3 @@ def test_bad_options_are_refused(options, part):
     with pytest.raises(ConfigError) as caught:
         VideoOptions(**options)
     assert part in str(caught.value)
-
-
-@pytest.mark.skipif(find_spec("torchcodec") is not None, reason="torchcodec is installed")
-def test_files_need_the_extra(processor_of):
-    with pytest.raises(MissingExtraError, match=r"pip install fvlm-vision\[video\]"):
-        reader(processor_of("qwen2_vl")).read(CLIP)
-
-
-@pytest.mark.skipif(find_spec("torchcodec") is None, reason="needs torchcodec and FFmpeg")
-def test_files_are_decoded_and_sampled(processor_of):
-    for source in (CLIP, str(CLIP), CLIP.read_bytes(), {"path": str(CLIP)}):
-        whole = reader(processor_of("qwen2_vl")).read(source)
-        assert whole.metadata["fps"] == 4
-        shades = whole.frames.float().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(shades, 16 + 16 * torch.arange(12.0), rtol=0, atol=6)
-    sampled = reader(processor_of("qwen3_vl")).read(CLIP)  # its processor samples by itself: 2 a second
-    assert sampled.metadata["frames_indices"] == [0, 2, 4, 7, 9, 11]
-    torch.testing.assert_close(sampled.frames, whole.frames[[0, 2, 4, 7, 9, 11]], rtol=0, atol=0)
-    assert reader(processor_of("qwen2_vl"), num_frames=4).look(CLIP)["frames_indices"] == [0, 3, 6, 9]
-    own = reader(processor_of("qwen2_vl"), num_frames=4).read({"path": CLIP, "fps": 2})  # of this file alone
-    assert own.metadata["frames_indices"] == [0, 2, 4, 6, 8, 10]
-    assert own.metadata["fps"] == 4
-    with pytest.raises(DataError, match="corrupt"):
-        reader(processor_of("qwen2_vl")).read(CLIP.read_bytes()[:200])

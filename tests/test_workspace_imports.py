@@ -20,7 +20,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "core", "export", "vision", "cli")
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # where the two names differ
+DISTRIBUTIONS = {  # where the two names differ
+    "PIL": "pillow",
+    "cutlass": "nvidia-cutlass-dsl",
+    "flash_attn": "flash-attn-4",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 def project(package: str) -> dict[str, Any]:

@@ -44,6 +44,22 @@ def package(backward=plain_backward):
     )
 
 
+def unseen_backward(*args, **kwargs):
+    """The stand-in's own saved tensors, which kernels do not have, are kept from the hooks around it."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        return plain_backward(*args, **kwargs)
+
+
+def test_the_comparison_leaves_no_trace_in_a_checkpointed_layer(monkeypatch):
+    """A layer's first pass may be the one that compares: what it saves is counted, its random numbers are repeated."""
+    monkeypatch.setattr(flash, "_kernels", lambda: package(unseen_backward))
+    saved, before = [], torch.get_rng_state()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        assert flash._agrees(torch.device("cpu"), torch.bfloat16, 80, False, False)
+    assert not saved
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def wrong_backward(*args, **kwargs):
     dq, dk, dv = plain_backward(*args, **kwargs)
     return dq * 1.1, dk, dv
@@ -204,3 +220,19 @@ def test_without_the_package_nothing_is_imported(monkeypatch):
         assert not flash._installed()
     finally:
         flash._installed.cache_clear()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_checkpointed_layer_may_be_the_first_to_ask():
+    q, k, v, dout = tensors(1, 2, 2048, 88, device="cuda", dtype=torch.bfloat16)
+    flash._checked.clear()
+
+    def layer(q, k, v):
+        assert flash.takes(q, k, causal=False), "install fvlm-core[flash]; a Hopper GPU is needed"
+        return flash.attention(q * 1, k, v, causal=False, scale=0.1)
+
+    want = torch.autograd.grad(layer(q, k, v), (q, k, v), dout)
+    flash._checked.clear()
+    out = torch.utils.checkpoint.checkpoint(layer, q, k, v, use_reentrant=False)
+    for one, expected in zip(torch.autograd.grad(out, (q, k, v), dout), want, strict=True):
+        assert distance(one, expected.double()) < 1e-3

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.bound import bind
+from fvlm_core.bound import bind, in_place_of
 from fvlm_core.errors import ConfigError
 from fvlm_vision.processes import is_first_process
 
@@ -28,7 +28,7 @@ def bind_methods(model: PreTrainedModel | PeftModel) -> None:
     from peft import PeftModel
 
     save = save_adapter if isinstance(model, PeftModel) else save_model
-    vars(model)["save_pretrained"] = MethodType(save, model)
+    in_place_of(model, "save_pretrained", save)
     methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged, print_trainable_parameters]
     for method in methods:
         bind(model, method)

@@ -140,9 +140,11 @@ def test_operators_pass_opcheck(device):
     for act in ("gelu_erf", "quick_gelu"):
         torch.library.opcheck(torch.ops.fvlm.activation_fwd.default, (x, act))
         torch.library.opcheck(torch.ops.fvlm.activation_bwd.default, (up, x, act))
+        torch.library.opcheck(torch.ops.fvlm.activation_bwd_.default, (up.clone(), x, act))
     torch.library.opcheck(torch.ops.fvlm.gated_fwd.default, (x, up, "silu"))
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(torch.ops.fvlm.gated_bwd.default, (x, x, up, "silu", *needs))
+    torch.library.opcheck(torch.ops.fvlm.gated_bwd_.default, (x.clone(), x, up, "silu"))
 
 
 def test_exports(device):
@@ -159,6 +161,21 @@ def test_exports(device):
 def test_addresses_beyond_two_to_the_31():
     x = torch.empty(2**31 + 4099, dtype=torch.bfloat16, device="cuda").normal_()
     assert torch.equal(gelu(x)[-5:], gelu(x[-5:].clone()))
+    leaf, few = x.requires_grad_(), x[-5:].detach().clone().requires_grad_()
+    (grad,) = torch.autograd.grad(gelu(leaf), leaf, torch.ones_like(x))
+    assert torch.equal(grad[-5:], torch.autograd.grad(gelu(few), few, torch.ones_like(few))[0])
+
+
+@pytest.mark.gpu
+def test_gated_addresses_beyond_two_to_the_31():
+    gate, up = (torch.empty(2**31 + 4099, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+    few = [x[-5:].clone().requires_grad_() for x in (gate, up)]
+    expected = swiglu(*few)
+    wanted = torch.autograd.grad(expected, few, torch.ones_like(expected))
+    y = swiglu(gate.requires_grad_(), up.requires_grad_())
+    grads = torch.autograd.grad(y, (gate, up), torch.ones_like(y))
+    assert torch.equal(y[-5:], expected)
+    assert all(torch.equal(ours[-5:], theirs) for ours, theirs in zip(grads, wanted, strict=True))
 
 
 @pytest.mark.parametrize(

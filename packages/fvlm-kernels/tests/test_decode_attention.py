@@ -115,3 +115,30 @@ def test_refuses_new_ones_of_another_shape(device):
     given, n = inputs(2, 4, 2, 64, 16, torch.float32, device), torch.tensor(3, device=device)
     with pytest.raises(ValueError, match="new key"):
         decode_attention(**given, length=n, new=(given["q"], given["q"]))
+
+
+def test_operators_pass_opcheck(device):
+    given, n = inputs(2, 4, 2, 70, 16, torch.float32, device), torch.tensor([66], device=device)
+    visible = torch.ones(2, 70, dtype=torch.bool, device=device)
+    fresh = [randn(2, 2, 16, dtype=torch.float32, device=device, seed=s) for s in (7, 8)]
+    ops = torch.ops.fvlm
+    torch.library.opcheck(ops.decode_attention.default, (*given.values(), n, visible, 5, 0.25))
+    torch.library.opcheck(ops.decode_attention_.default, (*given.values(), n, None, 0, 0.25, *fresh))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 64, 16), (2, 0, 2, 64, 16)], ids=str)
+def test_empty(shape, device):
+    given = inputs(*shape, torch.float32, device)
+    for impl in ("triton", "torch"):
+        assert decode_attention(**given, length=torch.tensor(3, device=device), impl=impl).shape == given["q"].shape
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    heads, capacity, d = 2, 2**22, 256
+    cache = torch.empty(2, 2, heads, capacity // 2 + 64, d, dtype=torch.bfloat16, device="cuda").normal_()
+    assert cache[0].numel() > 2**31
+    q = torch.randn(2, 4, d, dtype=torch.bfloat16, device="cuda")
+    n = torch.tensor(40, device="cuda")
+    y = decode_attention(q, *cache, n)
+    torch.testing.assert_close(y[1:], decode_attention(q[1:], *cache[:, 1:, :, :64].clone(), n, impl="torch"))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,3 +44,15 @@ def test_checkpointing_recomputes_the_same_gradient(name, reentrant, device):
     y = torch.utils.checkpoint.checkpoint(lambda t: OPS[name](t, "triton"), x, use_reentrant=reentrant)
     y.pow(2).sum().backward()
     assert torch.equal(x.grad, plain)
+
+
+def test_every_operator_is_held_to_opcheck():
+    """Each operator that is registered stands in a test file that calls `opcheck`, as one of its arguments."""
+    registered = {name.removeprefix("fvlm::") for name in torch._C._dispatch_get_all_op_names() if "fvlm::" in name}
+    checked: set[str] = set()
+    for file in Path(__file__).parent.glob("test_*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "opcheck(" in text and file != Path(__file__):
+            checked |= set(re.findall(r"\bops\.(?:fvlm\.)?(\w+)\.default", text))
+    assert registered
+    assert registered <= checked

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fvlm_kernels import LoRALinear, lora_decode, lora_decode_gated, quantize_nf4
+from fvlm_kernels import LoRALinear, NF4Weight, lora_decode, lora_decode_gated, quantize_nf4
 from fvlm_kernels._decode_products import _block_n
 from fvlm_kernels.lora_decode import _group
 from fvlm_kernels.testing import assert_deterministic, check_against_reference, randn, strided
@@ -148,3 +148,26 @@ def test_gated_pairs_that_share_no_launch(device):
         lora_decode_gated(x, gate, layer_of((9, 72), device))
     with pytest.raises(ValueError, match="activation is 'relu'"):
         lora_decode_gated(x, gate, up, "relu")
+
+
+def test_operator_passes_opcheck(device):
+    layers = layers_of(SHAPES[1][:2], device)
+    x = randn(2, 72, dtype=torch.float32, device=device)
+    tensors = [part for layer in layers for part in (*layer.base.parts, layer.bias, layer.a, layer.b)]
+    for sizes, act in (([40, 5], ""), ([40, 40], "silu")):
+        given = tensors if not act else tensors[:8] * 2
+        torch.library.opcheck(
+            torch.ops.fvlm.lora_decode.default, (x, x, given, [0.5, 0.6], sizes, 64, torch.float32, act)
+        )
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    """Rows of W behind 2³¹ elements equal those of their own weight."""
+    n, k = 2**19 + 8, 4096
+    packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device="cuda")
+    absmax, x = torch.rand(n * k // 64, device="cuda"), torch.randn(2, k, device="cuda", dtype=torch.bfloat16)
+    (whole,) = lora_decode(x, [LoRALinear(NF4Weight(packed, absmax, (n, k), torch.bfloat16))])
+    last = NF4Weight(packed[-8 * k // 2 :].clone(), absmax[-8 * k // 64 :].clone(), (8, k), torch.bfloat16)
+    (few,) = lora_decode(x, [LoRALinear(last)])
+    assert torch.equal(whole[:, -8:], few)

@@ -75,6 +75,21 @@ def test_empty(device):
     assert q.shape == k.shape == v.shape == (0, 2, 16)
 
 
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    tokens = 2**31 // (3 * 16 * 128) + 5
+    angles = torch.randn(tokens, 64, device="cuda").repeat(1, 2)
+    qkv = torch.empty(tokens, 3, 16, 128, dtype=torch.bfloat16, device="cuda").normal_()
+    cos, sin = angles.cos(), angles.sin()
+    last = qkv[-2:].clone().requires_grad_()
+    few = packed_vision_rotary(last, cos[-2:], sin[-2:])
+    (expected,) = torch.autograd.grad(few, last, [torch.ones_like(x) for x in few])
+    whole = packed_vision_rotary(qkv.requires_grad_(), cos, sin)
+    assert all(torch.equal(ours[-2:], theirs) for ours, theirs in zip(whole, few, strict=True))
+    (grad,) = torch.autograd.grad(whole, qkv, [torch.ones_like(x) for x in whole])
+    assert torch.equal(grad[-2:], expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

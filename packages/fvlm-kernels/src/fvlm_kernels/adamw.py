@@ -163,6 +163,8 @@ def _check(
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; for parameters in {param.dtype} it must be {wide}")
     for name, scalar in scalars.items():
         check_shape(op, name, scalar, ())
+        if scalar is not None and (scalar.is_complex() or scalar.dtype == torch.bool):
+            raise TypeError(f"{op}: {name} has dtype {scalar.dtype}; it must be a number, such as one in torch.float32")
 
 
 @torch.no_grad()

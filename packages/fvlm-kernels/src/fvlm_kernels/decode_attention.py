@@ -301,8 +301,10 @@ def _check(
             f"decode_attention: q {tuple(q.shape)} does not share the heads of keys {tuple(keys.shape)}; the batch "
             "must be the same and the heads a multiple"
         )
-    if length.numel() != 1 or length.is_floating_point():
-        raise ValueError(f"decode_attention: length is {length.dtype} {tuple(length.shape)}; it must be one integer")
+    if length.numel() != 1 or length.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"decode_attention: length is {length.dtype} {tuple(length.shape)}; it must be one integer, int64 or int32"
+        )
     if visible is not None and (visible.shape != (keys.shape[0], keys.shape[2]) or visible.dtype != torch.bool):
         raise ValueError(
             f"decode_attention: visible is {visible.dtype} {tuple(visible.shape)}; it must be bool (batch, capacity)"
@@ -350,7 +352,8 @@ def decode_attention(
         keys: ``(batch, key heads, capacity, head_dim)`` of the same dtype, the last dimension contiguous; heads are a
             multiple of key heads.
         values: likewise.
-        length: one integer on the same device: how many columns of the cache are filled, the token's own included.
+        length: one integer, int64 or int32, on the same device: how many columns of the cache are filled, the token's
+            own included.
         new: the token's own key and value, ``(batch, key heads, head_dim)`` each, where the cache does not hold them
             yet; they are written to its column ``length - 1``.
         visible: ``(batch, capacity)`` bool, False for columns that a sequence does not see (its padding); None: all.

@@ -148,6 +148,8 @@ def _check_parts(weight: NF4Weight) -> None:
     check_blocksize(op, weight.blocksize)
     if not weight.dtype.is_floating_point:
         raise TypeError(f"{op}: dtype is {weight.dtype}; it must be a floating dtype")
+    if weight.packed.dtype == torch.bool:  # of a byte it keeps one bit
+        raise TypeError(f"{op}: packed has dtype torch.bool, which holds no codes; give the tensor that was quantized")
     numel, width = prod(weight.shape), weight.packed.element_size()
     stored, needed = weight.packed.numel() * width, (numel + 1) // 2
     if not needed <= stored < needed + width:  # a storage dtype wider than a byte may round the bytes up

@@ -1,7 +1,7 @@
 """Measure how long a training step waits for its data: images that dataloader workers decode while it trains.
 
     python -m benchmarks.training.waiting qwen2_vl-2b FOLDER [--workload ocr] [--workers 4 0] [--source JPEG]
-        [--steps 16] [--warmup 6] [--mode unsloth] [--out FILE.jsonl] [--commit HASH]
+        [--repeat 1] [--steps 16] [--warmup 6] [--mode unsloth] [--out FILE.jsonl] [--commit HASH]
 
 The checkpoint is made in FOLDER if it is not there. The same samples are trained on first as batches that lie ready in
 memory, then from encoded images by so many workers, in one process, so that the difference of the steps is the data's
@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[4])
     parser.add_argument("--source", default="JPEG", choices=SOURCES)
     parser.add_argument("--mode", default="unsloth")
+    parser.add_argument("--repeat", type=int, default=1, help="how often all of it is measured, in turns")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--optim", default="adamw_8bit")
@@ -161,7 +162,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     per_step = workload.batch * workload.accumulation
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        for workers in (None, *options.workers):
+        for workers in (None, *options.workers) * options.repeat:
             # Loaded anew, so that each starts from the same weights; the checkpoint is in the system's cache by now.
             model, processor, collator = STACKS["fvlm"](str(options.folder), options.mode)
             data = encoded(samples(workload, KEPT * per_step), options.source)

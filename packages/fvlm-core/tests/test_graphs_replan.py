@@ -124,6 +124,21 @@ def test_a_layer_that_is_not_recorded_runs_again_with_the_same_dropout(model, mo
             seeded()
 
 
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_a_larger_batch_gets_its_room_before_it_runs(model, monkeypatch, caplog, free):
+    """By what layers of its kind keep, here a MiB each for 64 tokens; nothing has to fail for it."""
+    monkeypatch.setattr(Room, "free", lambda self, device: free)
+    small, large = (without_mask(make_batch(model.config, lengths)) for lengths in ((24, 20), (300, 280)))
+    expected = step(model, large)
+    graphs = recorded(model, "auto")
+    for _ in range(3):
+        step(model, small)
+    assert kept(graphs) == (4, 4)
+    assert_equal_step(step(model, large), expected)
+    assert graphs.holds == (free > 0)
+    assert len([r for r in caplog.records if "give it back" in r.message]) == (free == 0)
+
+
 def test_with_nothing_to_give_back_the_error_stands(model, monkeypatch):
     shortage = Shortage(recorded_layer._replay)
     monkeypatch.setattr(recorded_layer, "_replay", shortage)
@@ -136,6 +151,21 @@ def test_with_nothing_to_give_back_the_error_stands(model, monkeypatch):
         step(model, batch)
     assert not graphs.holds
     assert not graphs.give_back()
+
+
+def test_the_log_says_why_nothing_is_kept(model, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="fvlm_core.graphs")
+    graphs = recorded(model, "auto", memory_budget=0.0001)
+    batch = without_mask(make_batch(model.config))
+    for _ in range(2):
+        step(model, batch)
+    assert kept(graphs) == (0, 4)
+    assert not graphs.holds
+    said = [r.message for r in caplog.records if r.message.startswith("No room")]
+    assert len(said) == 2  # one for each tower
+    assert all(
+        "more than 0 kept layers" in one and "(memory_budget=0.0001, 0.00 GiB are allocated)" in one for one in said
+    )
 
 
 def test_plans_are_lowered_a_few_times_and_then_nothing_is_kept():

@@ -50,6 +50,7 @@ class Kind:
         """
         device = self.stage.x.device
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        keep = keep and recorded.has_gradients
         fits = keep and room.has_for(self.kept_bytes or _FIRST_GUESS, device)
         if not (fits and self._keeps(recorded, module, room)):
             recorded.record(False)
@@ -57,8 +58,8 @@ class Kind:
             size = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 1 << 20
             self.kept_bytes = max(size, 1)
             room.kept_bytes += self.kept_bytes
-        elif keep and self.kept_bytes:
-            self._tell(module)
+        elif keep and not fits:
+            self._tell(module, room)
 
     def _keeps(self, recorded: RecordedLayer, module: nn.Module, room: Room) -> bool:
         """Record a layer that keeps what it computes; False where that does not fit after all."""
@@ -68,16 +69,20 @@ class Kind:
         except torch.OutOfMemoryError:
             recorded.forget_kept()
         room.most = room.kept_bytes  # no later layer tries it again
-        self._tell(module)
+        self._tell(module, room)
         if self.stage.x.is_cuda:
             torch.cuda.empty_cache()  # what records finds no memory that is cached elsewhere
         return False
 
-    def _tell(self, module: nn.Module) -> None:
+    def _tell(self, module: nn.Module, room: Room) -> None:
         if not self._told:
             self._told = True
-            logger.info("No room for more than %d kept layers of %s: the others compute again in the backward pass.",
-                        len(self.layers), type(module).__name__)  # fmt: skip
+            logger.info(
+                "No room for more than %d kept layers of %s (%s): the others compute again in the backward pass.",
+                len(self.layers),
+                type(module).__name__,
+                room.describe(self.stage.x.device),
+            )
 
     def release(self) -> None:
         """Free all recordings; backward passes that are still due compute again what is gone."""

@@ -64,7 +64,7 @@ class RecordedLayer:
         self._held: tuple[Tensor, Tensor] | None = None
         self.passes = 0
         """How often the forward pass was replayed; a kept layer holds what belongs to the last one."""
-        self._recorder, self._keep_from = recorder, keep_from if self._has_gradients else None
+        self._recorder, self._keep_from = recorder, keep_from if self.has_gradients else None
         self._attention: list[AttentionResiduals | None] = []
         """Where in the stage the results of attention lie that are kept between the passes."""
         self._sizes = [p.numel() for p in self.trained]
@@ -145,7 +145,8 @@ class RecordedLayer:
         return out
 
     @property
-    def _has_gradients(self) -> bool:
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has anything to do."""
         return self.stage.needs_dx or bool(self.trained)
 
     def warm_up(self) -> bool:
@@ -161,7 +162,7 @@ class RecordedLayer:
         if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype != x.dtype:
             return False
         self._recorder.warm_up(self.work_forward)
-        if self._has_gradients:
+        if self.has_gradients:
             self._recorder.warm_up(self.work_backward)
         return True
 
@@ -171,13 +172,13 @@ class RecordedLayer:
         Args:
             keep: whether what the forward pass computes stays in memory for the backward pass.
         """
-        if keep and self._has_gradients:
+        if keep and self.has_gradients:
             self._keep_from, self._attention = None, []  # should it compute again after all, then from its input alone
             self._forward_tape = self._recorder.record(self.work_forward_kept)
             self._kept_backward_tape = self._recorder.record(self.work_backward_kept)
             return
         self._forward_tape = self._recorder.record(self.work_forward)
-        if self._has_gradients:
+        if self.has_gradients:
             self._backward_tape = self._recorder.record(self.work_backward)
 
     @property

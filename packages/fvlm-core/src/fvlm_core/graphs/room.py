@@ -20,7 +20,8 @@ class Room:
 
     Args:
         budget: GiB of device memory that may be allocated in all; None: what is free, less a tenth of the device and
-            one GiB, which longer batches and whatever else runs there may need.
+            one GiB, which longer batches and whatever else runs there may need. A process that
+            ``torch.cuda.set_per_process_memory_fraction`` gave a share of the device has that for its device.
 
     Raises:
         ConfigError: the budget is not above 0.
@@ -39,16 +40,33 @@ class Room:
         """Return how many bytes may still be held."""
         if device.type != "cuda":
             return float("inf") if self.budget is None else self.budget * 2**30 - self.kept_bytes
-        allocated = torch.cuda.memory_allocated(device)
         if self.budget is not None:
-            return self.budget * 2**30 - allocated
-        free, total = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - allocated
-        return free + cached - _SPARE_SHARE * total - _SPARE_BYTES
+            return min(self.budget * 2**30 - torch.cuda.memory_allocated(device), self.free(device))
+        return self.free(device) - _SPARE_SHARE * _share(device) - _SPARE_BYTES
+
+    def free(self, device: torch.device) -> float:
+        """Return how many bytes can be allocated, whatever the budget is; there is no end to them without a GPU."""
+        if device.type != "cuda":
+            return float("inf")
+        reserved = torch.cuda.memory_reserved(device)
+        free = min(torch.cuda.mem_get_info(device)[0], _share(device) - reserved)
+        return free + reserved - torch.cuda.memory_allocated(device)
+
+    def allows(self, size: float, device: torch.device) -> bool:
+        """Tell whether there is memory for a layer to run that would keep ``size`` bytes."""
+        return _MARGIN * size <= self.free(device)
 
     def has_for(self, size: int, device: torch.device) -> bool:
         """Tell whether a layer of ``size`` bytes may be kept."""
         return self.kept_bytes + size <= self.most and _MARGIN * size <= self.left(device)
+
+    def describe(self, device: torch.device) -> str:
+        """Say why there is no more room."""
+        if self.kept_bytes and self.most < float("inf"):
+            return f"of {self.most / 2**30:.2f} GiB that may be kept since memory ran short"
+        plan = "a tenth of the device and 1 GiB stay free" if self.budget is None else f"memory_budget={self.budget}"
+        allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else self.kept_bytes
+        return f"{plan}, {allocated / 2**30:.2f} GiB are allocated"
 
     def lower(self) -> None:
         """Note that memory ran out, and that nothing is kept now: half as much may be from now on, and at last nothing.
@@ -58,3 +76,8 @@ class Room:
         self._lowered += 1
         self.most = self.kept_bytes // 2 if self._lowered < _PLANS else 0
         self.kept_bytes = 0
+
+
+def _share(device: torch.device) -> float:
+    """Return the bytes of a device that this process may take."""
+    return torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1]

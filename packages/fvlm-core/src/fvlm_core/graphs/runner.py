@@ -14,10 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fvlm_core.fused.blocks import CROSS_ATTENTION_ALONE
-from fvlm_core.fused.segments import PACKED_LONGEST, PACKED_STARTS
-from fvlm_core.graphs.calls import module_of, names_behind_the_first
-from fvlm_core.graphs.fit import Fit, Fits, is_text
+from fvlm_core.graphs.calls import arguments_of, module_of
+from fvlm_core.graphs.fit import Fit, Fits
 from fvlm_core.graphs.kind import Kind
 from fvlm_core.graphs.layer import RecordedLayer, Replay
 from fvlm_core.graphs.room import Room
@@ -32,12 +30,6 @@ logger = logging.getLogger(__name__)
 
 MOST_STAGES = 64
 """How many shapes of all kinds of layers are kept recorded; the one that was not used for longest goes first."""
-_OF_OTHERS = ("image_", "video_", *CROSS_ATTENTION_ALONE)
-"""What the names of arguments start with that transformers hands to every layer, and that text layers do not read."""
-
-_OF_TEXT = (PACKED_STARTS, PACKED_LONGEST)
-"""The same for layers that are none of a language model's."""
-
 Saving = Callable[[], AbstractContextManager[Any]]
 _Prepared = tuple[RecordedLayer, tuple[Any, ...]]
 """A recorded layer and the keyword arguments of a call."""
@@ -103,6 +95,7 @@ class LayerGraphs:
     def _replayed(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving | None) -> Tensor | None:
         found = self._prepared(layer, args, None if saving is None else self._keep_from)
         if found is None:
+            self._make_room(layer, args)
             return None
         recorded, values = found
         self.replayed += 1
@@ -111,6 +104,15 @@ class LayerGraphs:
                 recorded, values, self.give_back, args[0], *recorded.trained
             )
         return out
+
+    def _make_room(self, layer: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Give memory back before a layer runs as it is that takes more than is free, by what such layers keep."""
+        module, hidden = module_of(layer), args[0] if args else None
+        if not self.holds or module is None or not isinstance(hidden, Tensor):
+            return
+        rates = [kind.kept_bytes / prod(key[1]) for key, kind in self._stages.items() if key[0] is type(module)]
+        if not self._room.allows(max(rates, default=0.0) * hidden.numel(), hidden.device):
+            self.give_back()
 
     @property
     def holds(self) -> bool:
@@ -123,7 +125,7 @@ class LayerGraphs:
         return self.holds or (self.keep and self._room.most > 0)
 
     def give_back(self) -> bool:
-        """Free what layers keep, since memory ran out, and let them keep less from now on.
+        """Free what layers keep, since memory runs short, and let them keep less from now on.
 
         It may be called at any time, also between the two passes of a layer: backward passes that are still due compute
         again what is gone. All recordings go, because they share memory; they are made anew when their shapes come.
@@ -137,7 +139,7 @@ class LayerGraphs:
         before = self._room.kept_bytes
         self._room.lower()
         logger.warning(
-            "Memory ran out while layers kept %.2f GiB for their backward passes: they give it back, compute again "
+            "Memory ran short while layers kept %.2f GiB for their backward passes: they give it back, compute again "
             "instead, and keep at most %.2f GiB from now on.",
             before / 2**30,
             self._room.most / 2**30,
@@ -158,9 +160,7 @@ class LayerGraphs:
         if self._off or module is None or not isinstance(layer, partial) or not args or not self._suits(args[0]):
             return None
         hidden = args[0]
-        kwargs = {**dict(zip(names_behind_the_first(type(module).forward), args[1:], strict=False)), **layer.keywords}
-        others = _OF_OTHERS if is_text(module) else _OF_TEXT
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith(others)}
+        kwargs = arguments_of(module, layer, args)
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # The first block of a tower makes the gradient of its input as the others do: one recording serves them all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,25 @@ def test_summary_and_report(finished):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<figure") >= IMAGES
     assert f"trained for {STEPS} steps" in " ".join(page.split())
+
+
+@pytest.mark.parametrize(("environment", "inside"), [(None, 1), ("2", 2)])
+def test_one_thread_on_a_cpu_unless_the_environment_says_otherwise(monkeypatch, environment, inside):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+    watcher = LineWatcher(lambda line: seen.append(torch.get_num_threads()))
+    try:
+        with pytest.raises(CheckpointError):
+            run(Settings(Path("unused")), watcher, checkpoint=Path("/no/such/checkpoint"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [inside]
 
 
 def test_it_learns(finished):

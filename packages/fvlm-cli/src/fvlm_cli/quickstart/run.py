@@ -13,6 +13,7 @@ from fvlm_cli.quickstart.folders import fresh_folder, shipped_checkpoint
 from fvlm_cli.quickstart.handwriting import writings
 from fvlm_cli.quickstart.merged import read_with_transformers
 from fvlm_cli.quickstart.reading import exact_match, transcribe
+from fvlm_cli.quickstart.threads import single_thread
 from fvlm_cli.quickstart.training import BATCH, add_adapter, train
 from fvlm_core.errors import ConfigError
 
@@ -124,8 +125,12 @@ def run(settings: Settings, watcher: Watcher, *, checkpoint: Path | None = None)
         CheckpointError: the base checkpoint is missing or damaged.
         ExportError: the merge failed.
     """
+    with single_thread():
+        return _run(settings, watcher, shipped_checkpoint() if checkpoint is None else checkpoint)
+
+
+def _run(settings: Settings, watcher: Watcher, base: Path) -> Summary:
     begun = time.perf_counter()
-    base = shipped_checkpoint() if checkpoint is None else checkpoint
     watcher.begin("Load in 4 bit", 1)
     model, processor = _load(base)
     folder = fresh_folder(settings.output)  # after all that can be wrong, so that nothing is left behind

@@ -157,7 +157,7 @@ def test_large_gradients_are_not_copied(trainer_of, monkeypatch, place):
     if place == "forward":
         assert_equal_runs(run(trainer), expected)
         return
-    with pytest.raises(ResourceError, match=r"pass a lower memory_budget to from_pretrained, .* added twice"):
+    with pytest.raises(ResourceError, match=r"a lower memory_budget in from_pretrained, .* added twice"):
         trainer.train()
     trainer, shortage = trainer_of(place)
     shortage.left = 5  # the first of a step adds to nothing
@@ -168,7 +168,7 @@ def test_several_processes_cannot_repeat(trainer_of, monkeypatch):
     monkeypatch.setattr(repeating.RepeatingTrainer, "_alone", False)
     trainer, shortage = trainer_of("forward")
     shortage.left = 6
-    with pytest.raises(ResourceError, match=r"pass a lower memory_budget .* processes work in step"):
+    with pytest.raises(ResourceError, match=r"a lower memory_budget .* processes work in step"):
         trainer.train()
     assert shortage.calls == 6
 

@@ -168,6 +168,17 @@ def test_the_log_says_why_nothing_is_kept(model, monkeypatch, caplog):
     )
 
 
+def test_a_budget_that_is_used_up_with_nothing_kept_is_said_once(model, monkeypatch, caplog):
+    monkeypatch.setattr(Room, "allocated", lambda self, device: 3 << 29)
+    graphs = recorded(model, "auto", memory_budget=1.25)
+    for lengths in ((24, 20), (100, 90)):
+        for _ in range(2):
+            step(model, without_mask(make_batch(model.config, lengths)))
+    assert kept(graphs) == (0, 6)
+    (said,) = [r.message for r in caplog.records if "memory_budget" in r.message]
+    assert said.startswith("memory_budget=1.25 is exceeded while no layer keeps anything (1.50 GiB are allocated)")
+
+
 def test_plans_are_lowered_a_few_times_and_then_nothing_is_kept():
     room, seen = Room(), []
     while room.most:

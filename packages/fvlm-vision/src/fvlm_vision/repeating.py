@@ -86,7 +86,10 @@ class RepeatingTrainer(SteppingTrainer):
         )
         if held:
             why = "gradients would be added twice" if self._alone else f"{self.args.world_size} processes work in step"
-            remedy = f"pass a lower memory_budget to from_pretrained, since the batch cannot be repeated where {why}"
+            remedy = (
+                "use 'offload' instead of 'auto', or a lower memory_budget in from_pretrained, since the batch cannot "
+                f"be repeated where {why}"
+            )
         elif self.model is not None and checkpointing_mode(self.model) in (False, True):
             remedy = f"set use_gradient_checkpointing='offload', {remedy}"
         return ResourceError(

@@ -106,7 +106,7 @@ def test_a_process_that_would_have_to_repeat_a_batch_says_so(tmp_path):
     assert run.wait(timeout=LIMIT_S) != 0
     said = (tmp_path / "2.log").read_text()
     assert "ResourceError: memory of cpu:0 ran out in step 4, over a batch of 2 x " in said
-    assert "pass a lower memory_budget to from_pretrained, since the batch cannot be repeated where 2 processes" in said
+    assert "a lower memory_budget in from_pretrained, since the batch cannot be repeated where 2 processes" in said
 
 
 @pytest.mark.parametrize("name", ["skipped", "streamed"])

@@ -60,6 +60,7 @@ class Kind:
             room.kept_bytes += self.kept_bytes
         elif keep and not fits:
             self._tell(module, room)
+            room.warn(device)
 
     def _keeps(self, recorded: RecordedLayer, module: nn.Module, room: Room) -> bool:
         """Record a layer that keeps what it computes; False where that does not fit after all."""

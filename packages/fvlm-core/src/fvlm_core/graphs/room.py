@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from fvlm_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _SPARE_SHARE = 0.1
 _SPARE_BYTES = 1 << 30
@@ -35,14 +39,19 @@ class Room:
         self.most = float("inf")
         """How many bytes may be kept in all, whatever else seems free: less each time that memory ran out."""
         self._lowered = 0
+        self._warned = False
 
     def left(self, device: torch.device) -> float:
         """Return how many bytes may still be held."""
         if device.type != "cuda":
-            return float("inf") if self.budget is None else self.budget * 2**30 - self.kept_bytes
+            return float("inf") if self.budget is None else self.budget * 2**30 - self.allocated(device)
         if self.budget is not None:
-            return min(self.budget * 2**30 - torch.cuda.memory_allocated(device), self.free(device))
+            return min(self.budget * 2**30 - self.allocated(device), self.free(device))
         return self.free(device) - _SPARE_SHARE * _share(device) - _SPARE_BYTES
+
+    def allocated(self, device: torch.device) -> int:
+        """Return how many bytes are allocated; without a GPU, what layers keep."""
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else self.kept_bytes
 
     def free(self, device: torch.device) -> float:
         """Return how many bytes can be allocated, whatever the budget is; there is no end to them without a GPU."""
@@ -65,8 +74,19 @@ class Room:
         if self.kept_bytes and self.most < float("inf"):
             return f"of {self.most / 2**30:.2f} GiB that may be kept since memory ran short"
         plan = "a tenth of the device and 1 GiB stay free" if self.budget is None else f"memory_budget={self.budget}"
-        allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else self.kept_bytes
-        return f"{plan}, {allocated / 2**30:.2f} GiB are allocated"
+        return f"{plan}, {self.allocated(device) / 2**30:.2f} GiB are allocated"
+
+    def warn(self, device: torch.device) -> None:
+        """Say once that the budget cannot be kept to, where it is used up although no layer keeps anything."""
+        if self.budget is None or self.kept_bytes or self._warned or self.allocated(device) < self.budget * 2**30:
+            return
+        self._warned = True
+        logger.warning(
+            "memory_budget=%s is exceeded while no layer keeps anything (%.2f GiB are allocated): it can only spare "
+            "what layers would keep, so raise it, or make the batches smaller.",
+            self.budget,
+            self.allocated(device) / 2**30,
+        )
 
     def lower(self) -> None:
         """Note that memory ran out, and that nothing is kept now: half as much may be from now on, and at last nothing.

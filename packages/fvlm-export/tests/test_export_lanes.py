@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fvlm_core.errors import ExportError
-from fvlm_export import read_report, save_pretrained_merged, write
+from fvlm_export import build, read_report, save_pretrained_merged, write
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.safetensor_writer import SafetensorWriter
 
@@ -95,22 +96,38 @@ def test_a_shard_that_fails_breaks_off_those_after_it(
     with pytest.raises(ExportError, match=r"merge again|NaN"):
         merge(adapter, tmp_path / "out", base)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+    ends = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < ends:
+        time.sleep(0.01)  # one that has said all may still be on its way out
     assert threading.active_count() <= before
     if not torn:
         assert names[2] not in finished, "none is begun after the one that failed"
         assert names[0] in finished or number == 0, "the one before it goes on"
 
 
+@pytest.mark.parametrize(
+    ("target", "cores", "size", "lanes"),
+    [
+        ("q_proj", 8, "1200KB", 3),
+        ("q_proj", 8, "500KB", 4),
+        ("q_proj", 4, "500KB", 2),
+        ("q_proj", 2, "500KB", 1),
+        ("q_proj", 8, "1GB", 1),
+        ("embed_tokens", 8, "1200KB", 2),  # 512 KB: twice, not three times, in the largest shard
+        ("embed_tokens", 8, "500KB", 1),
+    ],
+)
 def test_no_more_tensors_are_at_work_than_a_shard_holds(
-    tools: Any, adapter: Path, tmp_path: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, cores: int, size: str, lanes: int
 ) -> None:
-    lanes: list[int] = []
-    real = write._lanes
-    monkeypatch.setattr(write, "_lanes", lambda plan: lanes.append(real(plan)) or lanes[-1])
+    found: list[int] = []
     base = tools.checkpoint()
-    for size in ("1200KB", "600KB", "1GB"):
-        save_pretrained_merged(adapter, tmp_path / size, base=base, progress=False, max_shard_size=size)
-    assert lanes == [2, 1, 1], "two; a tensor fills more than half of a shard; there is one shard"
+    tools.adapted(tools.load(base), target_modules=[target]).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(write, "_WORTH", 0)
+    monkeypatch.setattr(write, "_cores", lambda: cores)
+    monkeypatch.setattr(build, "lanes_for", lambda plan: found.append(write.lanes_for(plan)) or found[-1])
+    save_pretrained_merged(tmp_path / "adapter", tmp_path / "out", base=base, progress=False, max_shard_size=size)
+    assert found == [lanes]
 
 
 @pytest.mark.parametrize("replaced", [True, False])

@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from fvlm_core.errors import CheckpointError
 from fvlm_export.adapters import module_name
 from fvlm_export.changes import Change, Replacement
+from fvlm_export.compute import all_finite
 from fvlm_export.layout import Layout
 from fvlm_export.safetensor_file import SafetensorFile
 from fvlm_export.skeleton import Skeleton, skeleton_of
@@ -180,7 +181,7 @@ def _renamed(key: str, expected: Mapping[str, object], layout: Layout) -> str:
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(
                 f"{path}: tensor {name!r} holds NaN or infinity; the training diverged, or it is torn."
             )

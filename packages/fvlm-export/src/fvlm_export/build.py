@@ -13,7 +13,7 @@ import torch
 
 from fvlm_export import beside
 from fvlm_export.base_check import check_live_base, fingerprint
-from fvlm_export.bases import CheckpointBase
+from fvlm_export.bases import Base, CheckpointBase
 from fvlm_export.clock import Clock
 from fvlm_export.compute import Merger
 from fvlm_export.four_bit import modules_to_quantize, quantization_config
@@ -25,7 +25,7 @@ from fvlm_export.safetensor_writer import WrittenFile
 from fvlm_export.task import DEQUANTIZED, LIVE, Task
 from fvlm_export.verify import Verifier
 from fvlm_export.work_folder import check_space
-from fvlm_export.write import How, write_shards
+from fvlm_export.write import How, lanes_for, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,13 @@ def build(
     if isinstance(task.base, CheckpointBase):
         needed += task.base.fetched_at_most
     check_space(folder, needed - sum(path.stat().st_size for path in folder.glob("*.safetensors")))
-    merger = Merger(task.base, task.live_values, task.device)
+    how = _how(task.base, plan, options, sink)
+    merger = Merger(task.base, task.live_values, task.device, held=2 if how.lanes == 1 else 1)
+    verifier = Verifier(plan, merger) if options.verify else None
     with _full_precision(), options.clock.during("shards"):
-        files = _write_and_check(plan, merger, folder, journal, options, verified, sink)
+        files = _write_and_check(plan, merger, folder, journal, verifier, how, sink)
+    if verifier is not None:
+        verified["weights"] = verifier.result()
     _write_beside(task, plan, folder, processor, quantize)
     if options.verify and task.live is not None and sink is not None:
         verified["logits"] = {"skipped": "the shards were sent and deleted one by one"}
@@ -133,20 +137,11 @@ def _write_and_check(
     merger: Merger,
     folder: Path,
     journal: Journal,
-    options: Options,
-    verified: dict[str, Any],
+    verifier: Verifier | None,
+    how: How,
     sink: Callable[[Path, str], None] | None,
 ) -> list[WrittenFile]:
-    verifier = Verifier(plan, merger) if options.verify else None
-    base = merger.base
-    how = How(
-        progress=options.progress,
-        ahead=sink is None and not (isinstance(base, CheckpointBase) and not base.at_hand),
-        beside=isinstance(base, CheckpointBase),
-        durable=options.durable,
-        clock=options.clock,
-    )
-    files = []
+    base, files = merger.base, []
     for number, file in write_shards(plan, merger, folder, journal, verifier, how):
         if sink is not None:
             path = folder / file.name
@@ -155,9 +150,14 @@ def _write_and_check(
         files.append(file)
         if isinstance(base, CheckpointBase):
             base.keep(merger.source_of(item) for shard in plan.shards[number + 1 :] for item in shard)
-    if verifier is not None:
-        verified["weights"] = verifier.result()
     return files
+
+
+def _how(base: Base, plan: Plan, options: Options, sink: Callable[[Path, str], None] | None) -> How:
+    stored = isinstance(base, CheckpointBase)
+    ahead = sink is None and not (isinstance(base, CheckpointBase) and not base.at_hand)
+    lanes = lanes_for(plan) if ahead and stored else 1
+    return How(options.progress, ahead=ahead, lanes=lanes, durable=options.durable, clock=options.clock)
 
 
 def _write_beside(task: Task, plan: Plan, folder: Path, processor: Any, quantize: frozenset[str]) -> None:

@@ -195,7 +195,8 @@ def merge_rounded(
         base: the parameter, any floating dtype.
         changes: in the order of the adapters.
         dtype: of the result.
-        out: where the result goes, of the parameter's shape and the result's dtype; None: a new tensor.
+        out: where the result goes, of the parameter's shape and the result's dtype; it may be the parameter itself.
+            None: a new tensor.
 
     Returns:
         The merged parameter on the base's device.

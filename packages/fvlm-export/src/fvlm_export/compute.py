@@ -14,6 +14,7 @@ from fvlm_export.layout import Slot
 from fvlm_export.plan import Item
 from fvlm_export.quantized import nf4_tensors
 from fvlm_export.remote import Shard
+from fvlm_export.safetensor_file import as_bytes
 from fvlm_export.staging import Scratch
 
 
@@ -25,15 +26,16 @@ class Merger:
         live: parameter → the tensor of a live model that is not quantized there. Where it differs from the base, it was
             trained or merged in place, and it wins.
         device: where the arithmetic is done.
+        held: how many items' outputs a thread holds at once.
 
     Attributes:
         overridden: the parameters whose live value won.
     """
 
-    def __init__(self, base: Base, live: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(self, base: Base, live: Mapping[str, torch.Tensor], device: torch.device, held: int) -> None:
         self.base, self._live, self.device = base, live, device
         self.overridden: dict[str, None] = {}
-        self._scratch = Scratch(locked=device.type == "cuda")
+        self._scratch = Scratch(held, locked=device.type == "cuda")
 
     def unmerged(self, item: Item) -> dict[str, torch.Tensor] | None:
         """Return an item's parameters before the adapters; None if its stored bytes can be kept as they are."""
@@ -55,7 +57,7 @@ class Merger:
         Raises:
             ExportError: a merged value is not finite.
         """
-        params = self.unmerged(item)
+        params = self._read(item) or self.unmerged(item)
         if params is None:
             stored = self.base.stored(item.slot, self.device)
             return {info.name: stored[info.name].to(info.dtype) for info in item.values}
@@ -76,10 +78,30 @@ class Merger:
     def _merged(self, item: Item, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if name not in item.changes:
             return value
-        out = None
-        if value.device.type == "cpu" and item.slot.conversion is None and len(item.outputs) == len(item.values):
-            out = self._scratch.take(tuple(value.shape), dtype)
-        return merge_rounded(value, item.changes[name], dtype, out)
+        return merge_rounded(value, item.changes[name], dtype, value if self._in_place(item) else None)
+
+    def _in_place(self, item: Item) -> bool:
+        """Whether an item is read into memory of our own, and merged and written from there."""
+        if (
+            self.device.type != "cpu"
+            or not item.changes
+            or item.copy_of is not None
+            or item.slot.conversion is not None
+        ):
+            return False
+        (param,), (info,) = item.slot.params, item.values
+        as_stored = item.outputs == item.values and self.base.infos.get(info.name) == info and param not in self._live
+        return as_stored and self.base.file_of(info.name) is not None
+
+    def _read(self, item: Item) -> dict[str, torch.Tensor] | None:
+        """Read an item's parameter into memory of our own: faster than by the page, if all of it is needed."""
+        if not self._in_place(item):
+            return None
+        (info,) = item.values
+        file, value = self.base.file_of(info.name), self._scratch.take(info.shape, info.dtype)
+        if file is not None:
+            file.read(info.name, as_bytes(value))
+        return {item.slot.params[0]: value}
 
     def copied_from(self, item: Item) -> Shard | None:
         """Return the base's file whose bytes an item keeps; None: its values are computed, cast or quantized."""
@@ -91,7 +113,10 @@ class Merger:
         return self.base.file_of(info.name)
 
     def outputs(self, item: Item) -> dict[str, torch.Tensor]:
-        """Return an item's tensors as they are written, on the CPU; they hold until this thread's next call but one."""
+        """Return an item's tensors as they are written, on the CPU.
+
+        They hold until this thread asks for the next item, or for the one after if two are held.
+        """
         values = self.values(item)
         if len(item.outputs) == len(item.values):
             return {name: self._on_cpu(value, len(values) == 1) for name, value in values.items()}

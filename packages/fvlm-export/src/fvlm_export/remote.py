@@ -52,6 +52,9 @@ class Shard(Protocol):
     def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
         """Read a tensor's bytes piece by piece; each holds until the next but one."""
 
+    def read(self, name: str, into: memoryview) -> None:
+        """Read a tensor's bytes into memory as large as the tensor."""
+
     def prefetch(self, name: str) -> None:
         """Say that a tensor will be needed soon."""
 
@@ -153,6 +156,10 @@ class RemoteShard:
     def pieces(self, name: str, buffers: Buffers) -> Iterator[memoryview]:
         """See :class:`Shard`."""
         return self._fetched().pieces(name, buffers)
+
+    def read(self, name: str, into: memoryview) -> None:
+        """See :class:`Shard`."""
+        self._fetched().read(name, into)
 
     def prefetch(self, name: str) -> None:
         """See :class:`Shard`; nothing: it is fetched when it is needed, lest too much be on the disk."""

@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -35,6 +35,7 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
+PIECE = 1 << 22  # bytes read at once where a tensor is read piece by piece
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Buffers:
     """Two buffers of one size, handed out in turn: what was read last stays while the next is being read."""
 
     def __init__(self, buffers: Sequence[memoryview] = ()) -> None:
-        self._buffers = list(buffers) or [memoryview(bytearray(1 << 24)), memoryview(bytearray(1 << 24))]
+        self._buffers = list(buffers) or [memoryview(bytearray(PIECE)), memoryview(bytearray(PIECE))]
 
     def take(self) -> memoryview:
         """Return the buffer that was handed out the time before last."""
@@ -134,14 +135,32 @@ class SafetensorFile:
         with self.path.open("rb", buffering=0) as file:
             file.seek(begin)
             while begin < end:
-                buffer, done = buffers.take()[: end - begin], 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise CheckpointError(f"{self.path} was cut while it was read; get the file again.")
-                    done += count
+                buffer = buffers.take()[: end - begin]
+                self._fill(file, buffer)
                 yield buffer
-                begin += done
+                begin += len(buffer)
+
+    def read(self, name: str, into: memoryview) -> None:
+        """Read a tensor's bytes, past the map.
+
+        Args:
+            name: the tensor.
+            into: as large as the tensor.
+
+        Raises:
+            CheckpointError: the file was cut meanwhile.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._spans[name][0])
+            self._fill(file, into)
+
+    def _fill(self, file: BinaryIO, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = file.readinto(buffer[done:])  # type: ignore[attr-defined]  # which unbuffered files have
+            if not count:
+                raise CheckpointError(f"{self.path} was cut while it was read; get the file again.")
+            done += count
 
     def prefetch(self, name: str) -> None:
         """Have the system begin to read a tensor from the disk."""

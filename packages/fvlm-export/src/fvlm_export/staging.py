@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 
 import torch
 
 from fvlm_export.remote import Shard
-from fvlm_export.safetensor_file import Buffers, as_bytes
+from fvlm_export.safetensor_file import PIECE, Buffers, as_bytes
 
-_PIECE = 1 << 24
 _LOCKED_AT_MOST = 1 << 29  # of memory that the system cannot take back
 
 
 class Scratch:
-    """Two buffers for each thread, used in turn.
+    """A few buffers for each thread, used in turn.
 
     Args:
+        count: how many.
         locked: whether buffers are page-locked, as far as they are not very large.
     """
 
-    def __init__(self, *, locked: bool) -> None:
-        self._locked, self._of_thread = locked, threading.local()
+    def __init__(self, count: int, *, locked: bool) -> None:
+        self._count, self._locked, self._of_thread = count, locked, threading.local()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialized CPU tensor, which holds until this thread's call after the next."""
-        buffers: list[torch.Tensor] = self._of_thread.__dict__.setdefault("buffers", [torch.empty(0), torch.empty(0)])
-        buffers.reverse()
+        """Return an uninitialized CPU tensor, which holds until this thread has called ``count`` times more."""
+        buffers: deque[torch.Tensor] = self._of_thread.__dict__.setdefault("buffers", deque())
+        buffer = buffers.popleft() if len(buffers) == self._count else torch.empty(0, dtype=torch.uint8)
         size = math.prod(shape) * dtype.itemsize
-        if buffers[0].nbytes < size:
+        if buffer.nbytes < size:
             locked = self._locked and size <= _LOCKED_AT_MOST
-            buffers[0] = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
-        return buffers[0][:size].view(dtype).reshape(shape)
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
+        buffers.append(buffer)
+        return buffer[:size].view(dtype).reshape(shape)
 
 
 class Upload:
@@ -63,7 +65,7 @@ class Upload:
     def _buffers(self, *, locked: bool) -> Buffers:
         held = self._of_thread.__dict__
         if "buffers" not in held:
-            both = [torch.empty(_PIECE, dtype=torch.uint8, pin_memory=locked) for _ in range(2)]
+            both = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=locked) for _ in range(2)]
             held["buffers"] = Buffers([as_bytes(buffer) for buffer in both])
         found: Buffers = held["buffers"]
         return found

@@ -85,6 +85,8 @@ class Verifier:
         if self._merger.copied_from(item) is not None:
             self._note(untouched=1)
             return
+        if item.changes and id(item) not in self._sampled:
+            return
         params = self._merger.unmerged(item)
         if params is None:
             _check_untouched(item, self._merger, file)

@@ -2,8 +2,9 @@
 
 For each shard four things go on at once: the values of one tensor are computed, the tensor before it is written, those
 before that are read back to be hashed and checked, and what was written is hashed. A shard is finished when it has been
-read back; meanwhile the next may be begun. Where there are cores and memory for it, two shards are written side by
-side: a file takes its bytes from one thread at a time, so that two files fill faster than one.
+read back; meanwhile the next may be begun. Where there are cores and memory for it, several shards are written side by
+side, each in a thread that computes and writes in turn: a file takes its bytes from one thread at a time, and a hash
+too, so that several files fill faster than one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from fvlm_export.safetensor_file import Buffers, as_bytes
 from fvlm_export.safetensor_writer import SafetensorWriter, WrittenFile
 from fvlm_export.verify import Verifier
 
-_WORTH = 1 << 28  # bytes of a shard from which a second one beside it pays
+_WORTH = 1 << 28  # bytes of a shard from which another one beside it pays
+_LANES = 4
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class How:
     Attributes:
         progress: show a bar in bytes.
         ahead: whether a shard may be begun before the one before it is finished and taken.
-        beside: whether two shards may be written side by side, where that pays.
+        lanes: how many shards are written side by side; 1 unless ``ahead``.
         durable: whether a shard is finished only when it is on the disk.
         clock: told what the time goes into.
     """
 
     progress: bool
     ahead: bool
-    beside: bool
+    lanes: int
     durable: bool
     clock: Clock
 
@@ -86,11 +88,11 @@ def write_shards(
     Raises:
         ExportError: what was read back is not what was meant.
     """
-    lanes = _lanes(plan) if how.ahead and how.beside else 1
-    unfinished = threading.Semaphore(2 * lanes if how.ahead else 1)
+    lanes = how.lanes
+    unfinished = threading.Semaphore(lanes + (lanes + 1) // 2 if how.ahead else 1)
     with tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not how.progress) as bar:
         desk = _Desk(plan, merger, folder, journal, verifier, how, unfinished, bar)
-        with _threads_for(lanes, merger.device), ThreadPoolExecutor(lanes) as pool:
+        with _threads_for(lanes), ThreadPoolExecutor(lanes) as pool:
             shards = [pool.submit(desk.shard, number) for number in range(len(plan.shards))]
             try:
                 for number, shard in enumerate(shards):
@@ -115,12 +117,14 @@ def _let_go(shard: _Written | WrittenFile) -> None:
         shard.follower.stop()
 
 
-def _lanes(plan: Plan) -> int:
-    """Return how many shards are written side by side: never so many that their tensors at work exceed a shard."""
+def lanes_for(plan: Plan) -> int:
+    """Return how many shards are best written side by side: never so many that their tensors at work exceed a shard."""
     sizes = [sum(item.nbytes for item in shard) for shard in plan.shards]
-    largest = max(item.nbytes for item in plan.items)
-    pays = len(sizes) > 1 and min(sizes[:2]) >= _WORTH and _cores() >= 4
-    return 2 if pays and 2 * largest <= max(sizes) else 1
+    at_work = max((item.nbytes for item in plan.items if item.changes or item.outputs != item.values), default=0)
+    if min(sizes[:2]) < _WORTH:
+        return 1
+    possible = min(_LANES, _cores() // 2, len(sizes))
+    return max([lanes for lanes in range(2, possible + 1) if lanes * at_work <= max(sizes)], default=1)
 
 
 def _cores() -> int:
@@ -128,11 +132,11 @@ def _cores() -> int:
 
 
 @contextmanager
-def _threads_for(lanes: int, device: torch.device) -> Iterator[None]:
-    """Share torch's threads among those that compute side by side, and put them back."""
+def _threads_for(lanes: int) -> Iterator[None]:
+    """Share torch's threads among the lanes and the threads that check what they wrote, and put them back."""
     before = torch.get_num_threads()
-    if lanes > 1 and device.type == "cpu":
-        torch.set_num_threads(max(1, before // lanes))
+    if lanes > 1:
+        torch.set_num_threads(max(1, before // (2 * lanes)))
     try:
         yield
     finally:
@@ -140,7 +144,7 @@ def _threads_for(lanes: int, device: torch.device) -> Iterator[None]:
 
 
 class _Desk:
-    """Where shards are written, by one thread or two."""
+    """Where shards are written, by one thread or several."""
 
     def __init__(
         self,
@@ -219,7 +223,7 @@ class _Desk:
         buffers, path = Buffers(), self._folder / self._plan.file_name(number)
         with (
             SafetensorWriter(path, infos, durable=self._how.durable) as writer,
-            ThreadPoolExecutor(1) as thread,
+            ThreadPoolExecutor(1) as second,
             self._following(path, number) as follower,
             self._or_none_after(number),  # at once, before what was begun is wound up
         ):
@@ -241,9 +245,12 @@ class _Desk:
                 file = merger.copied_from(item)
                 with clock.during("compute"):
                     values = {} if file is not None else merger.outputs(item)  # meanwhile the one before is written
+                if self._how.lanes > 1:
+                    put(item, file, values)
+                    continue
                 if pending is not None:
                     pending.result()
-                pending = thread.submit(put, item, file, values)
+                pending = second.submit(put, item, file, values)
             if pending is not None:
                 pending.result()
             return _Written(writer, follower, writer.finish())

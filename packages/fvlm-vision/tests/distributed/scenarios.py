@@ -17,9 +17,8 @@ from typing import Any
 
 import bitsandbytes
 import datasets
-import numpy as np
 import torch
-from PIL import Image
+from conversations import mixed, sample
 from trl import SFTConfig
 
 from fvlm_core.checkpointing import graphs_of, use_graphs
@@ -31,25 +30,6 @@ GPU = torch.cuda.is_available()
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 STEPS = 5
 PER_RANK = 2
-_WORDS = ("seven", "pages", "of", "blue", "paper", "and", "one", "stamp")
-
-
-def sample(number: int, *, image: bool = True, words: int | None = None) -> dict[str, Any]:
-    """A conversation; answers are of 1 to 23 words, so that ranks learn very different numbers of tokens."""
-    rng = np.random.default_rng(number)
-    height, width = (int(side) * 28 for side in rng.integers(1, 4, 2))
-    blocks: list[dict[str, Any]] = [{"type": "text", "text": "what is it"}]
-    if image:
-        pixels = rng.integers(0, 255, (height, width, 3), dtype="uint8")
-        blocks.insert(0, {"type": "image", "image": Image.fromarray(pixels)})
-    count = 1 + (number * 7) % 23 if words is None else words
-    answer = " ".join(_WORDS[(number + place) % len(_WORDS)] for place in range(count))
-    return {"messages": [{"role": "user", "content": blocks}, {"role": "assistant", "content": answer}]}
-
-
-def mixed(number: int) -> dict[str, Any]:
-    """Some batches of one rank hold no image while the other's do: rank 1's first, rank 0's second, both's third."""
-    return sample(number, image=number not in (2, 3, 4, 5, 8, 9, 10, 11))
 
 
 def trained(model: Any) -> list[torch.nn.Parameter]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fvlm_kernels import LoRALinear, NF4Weight, lora_decode, lora_decode_gated, quantize_nf4
+from fvlm_kernels import LoRALinear, NF4Weight, _decode_products, lora_decode, lora_decode_gated, quantize_nf4
 from fvlm_kernels._decode_products import _block_n
 from fvlm_kernels.lora_decode import _group
 from fvlm_kernels.testing import assert_deterministic, check_against_reference, randn, strided
@@ -159,6 +159,16 @@ def test_operator_passes_opcheck(device):
         torch.library.opcheck(
             torch.ops.fvlm.lora_decode.default, (x, x, given, [0.5, 0.6], sizes, 64, torch.float32, act)
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+def test_codes_looked_up_in_memory_give_the_same_bits(rows, monkeypatch):
+    """What Triton's interpreter and other GPUs run."""
+    layers, x = layers_of(SHAPES[2], "cuda"), randn(rows, 2056, dtype=torch.bfloat16, device="cuda")
+    shuffled = lora_decode(x, layers)
+    monkeypatch.setattr(_decode_products, "SHUFFLES", False)
+    assert all(torch.equal(a, b) for a, b in zip(lora_decode(x, layers), shuffled, strict=True))
 
 
 @pytest.mark.gpu

@@ -18,13 +18,15 @@ import torch
 from ._elementwise import activate
 from ._launch import cdiv, launch, next_power_of_two
 from ._library import register
-from ._nf4_words import load_scale
+from ._nf4_words import SHUFFLES, decode_word, eight_columns, load_scale, values_by_lane
 from ._triton import tl, triton
 from .nf4 import cached_table, words_of
 from .nf4_format import NESTED_BLOCKSIZE
 
 MAX_ROWS = 8
 MAX_LAYERS = 3
+THREADS = 64
+"""How many threads the products have a program at most; each takes one word of a row at a time."""
 PROGRAMS = 1024
 """How many programs the products should have at least, where rows of W can be dealt out for it."""
 
@@ -116,6 +118,7 @@ def _products_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):
     # Which weight, and which of its rows; of a gated pair, the same rows of both, first those of the first.
     block = tl.program_id(0)
@@ -162,8 +165,9 @@ def _products_kernel(
     if slot == 2:
         own = block - blocks0 - blocks1
     first = own * BLOCK_N
-    # One word a thread and step: its eight codes, their values and the eight columns of x stay in registers.
+    # A thread takes one word of each row and step: its codes, values and columns of x stay in its registers.
     e = tl.arange(0, 8)
+    lane_values = values_by_lane(table_ptr, tl.arange(0, BLOCK_W), SHUFFLE)
     sums = ()
     for _ in tl.static_range(ROWS * M):
         sums = sums + (tl.zeros((BLOCK_W,), dtype=tl.float32),)
@@ -173,7 +177,8 @@ def _products_kernel(
         xs = ()
         for m in tl.static_range(M):
             at_x = m * stride_x + offs_w[:, None] * 8 + e[None, :]
-            xs = xs + (tl.load(x_ptr + at_x, mask=mask_w[:, None], other=0.0).to(tl.float32),)
+            x = tl.load(x_ptr + at_x, mask=mask_w[:, None], other=0.0).to(tl.float32)
+            xs = xs + eight_columns(x, BLOCK_W)
         more = ()
         for r in tl.static_range(ROWS):
             n = first + r % BLOCK_N
@@ -199,10 +204,12 @@ def _products_kernel(
             absmax = load_scale(
                 at // (BLOCKSIZE // 8), mask, scales_ptr, second_ptr, dequant_ptr, shift_ptr, NESTED, NESTED_BLOCK
             )
-            # Bytes lie in order within a little-endian word, but in each byte the high half comes first.
-            values = tl.load(table_ptr + ((words[:, None] >> ((e ^ 1) * 4)[None, :]) & 15))
+            values = decode_word(words, lane_values, table_ptr, SHUFFLE)
             for m in tl.static_range(M):
-                more = more + (sums[r * M + m] + tl.sum(values * xs[m], axis=1) * absmax,)
+                product = values[0] * xs[m * 8]
+                for c in tl.static_range(1, 8):
+                    product += values[c] * xs[m * 8 + c]
+                more = more + (sums[r * M + m] + product * absmax,)
         sums = more
     offs_r = tl.arange(0, BLOCK_R)
     made = ()
@@ -293,7 +300,7 @@ def _products(
     taken = sizes[:1] if act else sizes
     y = torch.empty((rows, sum(taken)), dtype=dtype, device=x.device)
     codes = [_aligned_words(p) for p in of[0] if p is not None]
-    block_n, block_w = _block_n(sum(taken), 4 * rows if act else rows), min(256, next_power_of_two(words))
+    block_n, block_w = _block_n(sum(taken), 4 * rows if act else rows), min(THREADS, next_power_of_two(words))
 
     def three(column: Sequence[Any]) -> list[Any]:
         filled = [value if value is None else value.contiguous() for value in column]
@@ -327,7 +334,8 @@ def _products(
         ROWS=2 * block_n if act else block_n,
         BLOCK_N=block_n,
         BLOCK_W=block_w,
-        num_warps=4,
+        SHUFFLE=SHUFFLES,
+        num_warps=max(1, block_w // 32),
     )
     return y
 

@@ -14,6 +14,7 @@ from ._launch import (
     check_same_dtype,
     check_shape,
     launch,
+    next_power_of_two,
     persistent_programs,
     row_blocks,
 )
@@ -76,9 +77,27 @@ def check_width(op: str, n: int) -> None:
         raise ValueError(f'{op}: rows of {n} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
 
 
-def deal_rows(
-    device: torch.device, m: int, n: int, summing: bool, small: bool = False
-) -> tuple[int, int, int, int, int]:
+def row_chunks(n: int) -> tuple[int, int, int, int]:
+    """Cut rows of ``n`` columns into pieces of a power of two, so that few columns of a tile lie behind the last.
+
+    A row of 1280 columns in one tile of 2048 leaves 3 of 8 threads without work; in five pieces of 256 none. A piece
+    is added to the one before it in registers, so that a row is added up over threads once, whatever its pieces.
+
+    Args:
+        n: columns of a row.
+
+    Returns:
+        ``(BLOCK_M, CHUNK, CHUNKS, num_warps)`` by the width alone: rows of a program, columns and number of pieces,
+        and warps. Rows of up to 256 columns are one piece, and share a program.
+    """
+    if n <= 256:
+        block_m, block_n, num_warps = row_blocks(n)
+        return block_m, block_n, 1, num_warps
+    chunk = max(256, next_power_of_two(cdiv(n, 8)))
+    return 1, chunk, cdiv(n, chunk), min(16, next_power_of_two(cdiv(n, 1024)))
+
+
+def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int]:
     """Deal out ``m`` rows of ``n`` columns to the programs of a norm's backward pass.
 
     Args:
@@ -87,16 +106,32 @@ def deal_rows(
         n: columns.
         summing: whether weight gradients are summed: then few programs take many blocks of rows each, with fewer
             elements to a thread, since they carry the sums along; else each takes one.
-        small: whether rows of up to 2048 columns go to twice as many programs, of half the rows and two warps each.
 
     Returns:
         ``(programs, blocks of each, BLOCK_M, BLOCK_N, num_warps)``.
     """
-    small = small and n <= 2048
-    if small:
-        block_m, block_n, num_warps = row_blocks(n, tile=2048, min_warps=2)
-    else:
-        block_m, block_n, num_warps = row_blocks(n, per_thread=16 if summing else 32)
+    block_m, block_n, num_warps = row_blocks(n, per_thread=16 if summing else 32)
     blocks = cdiv(m, block_m)
-    share = cdiv(blocks, persistent_programs(device, blocks, 4 if small else 2)) if summing else 1
+    share = cdiv(blocks, persistent_programs(device, blocks)) if summing else 1
     return cdiv(blocks, max(share, 1)), share, block_m, block_n, num_warps
+
+
+def deal_chunks(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int, int]:
+    """Deal out ``m`` rows of ``n`` columns in pieces, as :func:`deal_rows` does whole ones.
+
+    Without sums two rows of up to 2048 columns share a program, each with a warp of its own. Programs that carry sums
+    along take one row at a time, in one piece.
+
+    Returns:
+        ``(programs, blocks of each, BLOCK_M, CHUNK, CHUNKS, num_warps)``.
+    """
+    if not summing:
+        block_m, chunk, chunks, num_warps = row_chunks(n)
+        if chunks > 1 and n <= 2048:
+            block_m, num_warps = 2, 2
+        return cdiv(m, block_m), 1, block_m, chunk, chunks, num_warps
+    small = n <= 2048
+    block_m, chunk, num_warps = row_blocks(n, tile=2048, per_thread=32 if small else 16, min_warps=2)
+    blocks = cdiv(m, block_m)
+    share = cdiv(blocks, persistent_programs(device, blocks, 4 if small else 2))
+    return cdiv(blocks, max(share, 1)), share, block_m, chunk, 1, num_warps

@@ -22,15 +22,19 @@ sums. mean and rstd are recomputed in backward instead of being saved. Weight gr
 number of programs over fixed rows, then over programs: two runs on one card give the same bits.
 """
 
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
+# ruff: noqa: RUF005
+# (for the kernels: Triton types its arguments and its growing tuples, and knows no starred ones)
+
 from __future__ import annotations
 
 from typing import Any, overload
 
 import torch
 
-from ._launch import Impl, cdiv, launch, row_blocks, rows_of, use_triton
+from ._launch import Impl, cdiv, launch, rows_of, use_triton
 from ._library import first_derivative_only, register
-from ._norms import check_norm, check_width, deal_rows, sum_shares
+from ._norms import check_norm, check_width, deal_chunks, row_chunks, sum_shares
 from ._triton import tl, triton
 
 
@@ -51,6 +55,48 @@ def _ref(
 
 
 @triton.jit
+def _load_chunks(
+    ptr,
+    stride,
+    offs_m,
+    end,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Load rows ``offs_m``, those before ``end``, in pieces of CHUNK columns; zeros elsewhere."""
+    offs_n = tl.arange(0, CHUNK)
+    pieces = ()
+    for c in tl.static_range(CHUNKS):
+        mask = (offs_m < end)[:, None] & (c * CHUNK + offs_n < N)[None, :]
+        at = offs_m[:, None] * stride + c * CHUNK + offs_n[None, :]
+        pieces = pieces + (tl.load(ptr + at, mask=mask, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _mean_and_rstd(
+    pieces,
+    eps,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Return mean and 1 / sqrt(variance + eps) of rows in pieces, each added up over threads once."""
+    total = pieces[0].to(tl.float32)
+    for c in tl.static_range(1, CHUNKS):
+        total += pieces[c].to(tl.float32)
+    mean = (tl.sum(total, axis=1) / N)[:, None]
+    squares = tl.zeros_like(total)
+    for c in tl.static_range(CHUNKS):
+        centred = pieces[c].to(tl.float32) - mean
+        if (c + 1) * CHUNK > N:
+            centred = tl.where((c * CHUNK + tl.arange(0, CHUNK) < N)[None, :], centred, 0.0)
+        squares += centred * centred
+    return mean, tl.rsqrt(tl.sum(squares, axis=1) / N + eps)[:, None]
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,
     res_ptr,
@@ -66,26 +112,31 @@ def _layer_norm_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RES: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    in_row = offs_n < N
-    mask = (offs_m < M)[:, None] & in_row[None, :]
-    x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=mask, other=0.0)
-    h = x.to(tl.float32)
+    offs_n = tl.arange(0, CHUNK)
+    pieces = _load_chunks(x_ptr, stride_x, offs_m, M, N, CHUNK, CHUNKS)
     if HAS_RES:
-        res = tl.load(res_ptr + offs_m[:, None] * stride_res + offs_n[None, :], mask=mask, other=0.0)
-        rounded = (h + res.to(tl.float32)).to(x.dtype)
-        tl.store(h_ptr + offs_m[:, None] * N + offs_n[None, :], rounded, mask=mask)
-        h = rounded.to(tl.float32)
-    mean = tl.sum(h, axis=1) / N
-    centred = tl.where(mask, h - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    y = centred * rstd[:, None] * tl.load(weight_ptr + offs_n, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        residuals = _load_chunks(res_ptr, stride_res, offs_m, M, N, CHUNK, CHUNKS)
+        added = ()
+        for c in tl.static_range(CHUNKS):
+            cols = c * CHUNK + offs_n
+            h = (pieces[c].to(tl.float32) + residuals[c].to(tl.float32)).to(pieces[c].dtype)
+            mask = (offs_m < M)[:, None] & (cols < N)[None, :]
+            tl.store(h_ptr + offs_m[:, None] * N + cols[None, :], h, mask=mask)
+            added = added + (h,)
+        pieces = added
+    mean, rstd = _mean_and_rstd(pieces, eps, N, CHUNK, CHUNKS)
+    for c in tl.static_range(CHUNKS):
+        cols = c * CHUNK + offs_n
+        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        y = (pieces[c].to(tl.float32) - mean) * rstd * weight[None, :]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        mask = (offs_m < M)[:, None] & (cols < N)[None, :]
+        tl.store(y_ptr + offs_m[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -108,53 +159,65 @@ def _layer_norm_bwd_kernel(
     NEED_DWEIGHT: tl.constexpr,
     NEED_DBIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
-    in_row = offs_n < N
-    weight = tl.load(weight_ptr + offs_n, mask=in_row, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # of each row of a block: rows are added up once
-    dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    offs_n = tl.arange(0, CHUNK)
+    dweight = ()  # of each row of a block: rows are added up once
+    dbias = ()
+    for _ in tl.static_range(CHUNKS):
+        dweight = dweight + (tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32),)
+        dbias = dbias + (tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32),)
     block = pid * blocks_per_program
     end = block + blocks_per_program
     last = tl.minimum(end * BLOCK_M, M)  # row, of this program's share
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = (offs_m < M)[:, None] & in_row[None, :]
-    h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0)
-    grad = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0)
+    pieces = _load_chunks(h_ptr, stride_h, offs_m, last, N, CHUNK, CHUNKS)
+    grads = _load_chunks(dy_ptr, stride_dy, offs_m, last, N, CHUNK, CHUNKS)
     while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
         if NEED_DWEIGHT or NEED_DBIAS:
-            ahead = offs_m + BLOCK_M
-            more = (ahead < last)[:, None] & in_row[None, :]
-            next_h = tl.load(h_ptr + ahead[:, None] * stride_h + offs_n[None, :], mask=more, other=0.0)
-            next_grad = tl.load(dy_ptr + ahead[:, None] * stride_dy + offs_n[None, :], mask=more, other=0.0)
-        mask = (offs_m < M)[:, None] & in_row[None, :]
-        wide = h.to(tl.float32)
-        dy = grad.to(tl.float32)
-        mean = tl.sum(wide, axis=1) / N
-        centred = tl.where(mask, wide - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-        n = centred * rstd[:, None]
-        g = dy * weight[None, :]
-        along = (tl.sum(g * n, axis=1) / N)[:, None]
-        dx = (g - (tl.sum(g, axis=1) / N)[:, None] - n * along) * rstd[:, None]
-        if HAS_DH:
-            dx += tl.load(dh_ptr + offs_m[:, None] * stride_dh + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NEED_DWEIGHT:
-            dweight += dy * n
-        if NEED_DBIAS:
-            dbias += dy
+            next_pieces = _load_chunks(h_ptr, stride_h, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
+            next_grads = _load_chunks(dy_ptr, stride_dy, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
+        mean, rstd = _mean_and_rstd(pieces, eps, N, CHUNK, CHUNKS)
+        total = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)
+        along = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)
+        for c in tl.static_range(CHUNKS):  # a gradient is zero where there is no column
+            cols = c * CHUNK + offs_n
+            g = grads[c].to(tl.float32) * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            total += g
+            along += g * (pieces[c].to(tl.float32) - mean)
+        # dx = rstd (g - mean(g) - n mean(g n)) with n = rstd (h - mean), as two multiplications with sums an element
+        less = (tl.sum(total, axis=1) / N)[:, None] * rstd
+        slope = (tl.sum(along, axis=1) / N)[:, None] * rstd * rstd * rstd
+        more_dweight = ()
+        more_dbias = ()
+        for c in tl.static_range(CHUNKS):
+            cols = c * CHUNK + offs_n
+            mask = (offs_m < last)[:, None] & (cols < N)[None, :]
+            centred = pieces[c].to(tl.float32) - mean
+            dy = grads[c].to(tl.float32)
+            g = dy * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            dx = g * rstd - (centred * slope + less)
+            if HAS_DH:
+                at = offs_m[:, None] * stride_dh + cols[None, :]
+                dx += tl.load(dh_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + offs_m[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            more_dweight = more_dweight + (dweight[c] + dy * (centred * rstd) if NEED_DWEIGHT else dweight[c],)
+            more_dbias = more_dbias + (dbias[c] + dy if NEED_DBIAS else dbias[c],)
+        dweight = more_dweight
+        dbias = more_dbias
         if NEED_DWEIGHT or NEED_DBIAS:
-            h = next_h
-            grad = next_grad
-            offs_m = ahead
+            pieces = next_pieces
+            grads = next_grads
+            offs_m += BLOCK_M
         block += 1
-    if NEED_DWEIGHT:
-        tl.store(partial_weight_ptr + pid * N + offs_n, tl.sum(dweight, axis=0), mask=in_row)
-    if NEED_DBIAS:
-        tl.store(partial_bias_ptr + pid * N + offs_n, tl.sum(dbias, axis=0), mask=in_row)
+    for c in tl.static_range(CHUNKS):
+        cols = c * CHUNK + offs_n
+        if NEED_DWEIGHT:
+            tl.store(partial_weight_ptr + pid * N + cols, tl.sum(dweight[c], axis=0), mask=cols < N)
+        if NEED_DBIAS:
+            tl.store(partial_bias_ptr + pid * N + cols, tl.sum(dbias[c], axis=0), mask=cols < N)
 
 
 def _launch_fwd(
@@ -168,7 +231,7 @@ def _launch_fwd(
     rows, res = rows_of(x), None if residual is None else rows_of(residual)
     (m, n), y = rows.shape, x.new_empty(x.shape, dtype=out_dtype)
     h = None if residual is None else x.new_empty(x.shape)
-    block_m, block_n, num_warps = row_blocks(n)
+    block_m, chunk, chunks, num_warps = row_chunks(n)
     launch(
         _layer_norm_fwd_kernel,
         (cdiv(m, block_m),),
@@ -186,7 +249,8 @@ def _launch_fwd(
         HAS_BIAS=bias is not None,
         HAS_RES=res is not None,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        CHUNK=chunk,
+        CHUNKS=chunks,
         num_warps=num_warps,
     )
     return y, h
@@ -221,7 +285,7 @@ def _layer_norm_bwd(
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
     (m, n), dx = kept.shape, h.new_empty(h.shape)
     summing = need_dweight or need_dbias
-    programs, share, block_m, block_n, num_warps = deal_rows(h.device, m, n, summing, small=True)
+    programs, share, block_m, chunk, chunks, num_warps = deal_chunks(h.device, m, n, summing)
     partial_weight = h.new_empty((programs if need_dweight else 0, n), dtype=torch.float32)
     partial_bias = h.new_empty((programs if need_dbias else 0, n), dtype=torch.float32)
     launch(
@@ -245,7 +309,8 @@ def _layer_norm_bwd(
         NEED_DWEIGHT=need_dweight,
         NEED_DBIAS=need_dbias,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        CHUNK=chunk,
+        CHUNKS=chunks,
         num_warps=num_warps,
     )
     dweight = sum_shares(partial_weight, weight.dtype) if need_dweight else weight.new_empty(0)

@@ -43,7 +43,7 @@ def _ref(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float | None
 ) -> torch.Tensor:
     """Attend segment by segment in plain PyTorch; float64 stays float64."""
-    lengths = cu_seqlens.diff().tolist()
+    lengths = cu_seqlens.diff().tolist() or [0]  # without a segment one of no rows, for its gradients
     outs = []
     grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(SDPBackend.MATH) if q.is_cuda and q.dtype == torch.float32 else nullcontext():
@@ -51,7 +51,7 @@ def _ref(
             query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in segment)
             out = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
             outs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outs) if outs else torch.zeros_like(q)
+    return torch.cat(outs)
 
 
 def _flash(

@@ -141,4 +141,5 @@ def test_addresses_beyond_two_to_the_31():
     q = torch.randn(2, 4, d, dtype=torch.bfloat16, device="cuda")
     n = torch.tensor(40, device="cuda")
     y = decode_attention(q, *cache, n)
-    torch.testing.assert_close(y[1:], decode_attention(q[1:], *cache[:, 1:, :, :64].clone(), n, impl="torch"))
+    few = decode_attention(q[1:], *cache[:, 1:, :, :64].clone(), n, impl="torch")  # rounds its shares to bf16
+    torch.testing.assert_close(y[1:], few, rtol=2e-2, atol=1e-2)

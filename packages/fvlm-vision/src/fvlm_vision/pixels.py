@@ -9,9 +9,11 @@ subtraction and division in single precision.
 from __future__ import annotations
 
 import copy
+import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BatchFeature, ProcessorMixin
 
+logger = logging.getLogger(__name__)
+
 SCALE, FRAMES = "pixel_scale", "pixel_frames"
 
 
@@ -27,12 +31,37 @@ def keeps_bytes(processor: ProcessorMixin) -> bool:
     """Return whether a processor's images can stay bytes.
 
     Only where it is known step by step what comes after the bytes: Qwen's own image processor (also of the later
-    families), which resizes bytes, normalises them and cuts patches. Others that look like it cut in other orders.
+    families), which resizes bytes, normalises them and cuts patches. Others that look like it cut in other orders. The
+    steps are not transformers' public interface, so they are tried on two small images, and where a version gives
+    other pixels, or cannot be asked, the log says so and its own values are sent.
     """
     from transformers import Qwen2VLImageProcessor
 
     images: Any = processor.image_processor
-    return type(images) is Qwen2VLImageProcessor and bool(images.do_rescale and images.do_normalize)
+    if type(images) is not Qwen2VLImageProcessor or not (images.do_rescale and images.do_normalize):
+        return False
+    if not _agrees(processor):
+        logger.warning(
+            "This transformers makes other pixels of images than fvlm_vision.pixels expects: they are made on the CPU."
+        )
+        return False
+    return True
+
+
+def _agrees(processor: ProcessorMixin) -> bool:
+    """Tell whether bytes of two images, one to be resized, become the very values of the processor itself."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (2, 56, 84, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(noise[0]), Image.fromarray(noise[1][:45, :67])]
+    images: Any = processor.image_processor
+    expected = images(pictures, return_tensors="pt")
+    try:
+        made = byte_processor(processor).image_processor(pictures, return_tensors="pt")
+        found = with_pixel_values(with_scale(dict(made), processor))
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError):
+        return False
+    return set(found) == set(expected) and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def byte_processor(processor: ProcessorMixin) -> ProcessorMixin:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
 from fvlm_core.testing import FAMILIES
-from fvlm_vision import FastVisionTrainer
+from fvlm_vision import FastVisionTrainer, pixels
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.pixels import keeps_bytes, with_pixel_values
 
@@ -21,6 +23,44 @@ def test_the_families_that_keep_bytes(processor_of):
     processor = processor_of("qwen2_vl")
     processor.image_processor.do_normalize = False
     assert not keeps_bytes(processor)
+
+
+def other_name(images):  # bytes are never asked for: the processor's own values come back
+    images.preprocess = partial(type(images).preprocess, images)
+    images._preprocess_images = vars(images).pop("_preprocess")
+
+
+def other_order(images):
+    ours = vars(images)["_preprocess"]
+
+    def columns_first(*args, **kwargs):
+        made = ours(*args, **kwargs)
+        made["pixel_values"] = made["pixel_values"].unflatten(1, (3, 14, 14)).transpose(2, 3).flatten(1)
+        return made
+
+    images._preprocess = columns_first
+
+
+def other_arguments(images):
+    ours = vars(images)["_preprocess"]
+    images._preprocess = lambda pictures, patch_size, **kwargs: ours(pictures, patch=patch_size, **kwargs)
+
+
+@pytest.mark.parametrize("changed", [other_name, other_order, other_arguments])
+def test_another_transformers_gets_its_own_values(changed, shared_model_of, processor_of, ask, monkeypatch, caplog):
+    make = pixels.byte_processor
+
+    def byte_processor(processor):
+        made = make(processor)
+        changed(made.image_processor)
+        return made
+
+    monkeypatch.setattr(pixels, "byte_processor", byte_processor)
+    collator = FastVisionDataCollator(shared_model_of("qwen2_vl"), processor_of("qwen2_vl"))
+    with caplog.at_level(logging.WARNING, logger="fvlm_vision"):
+        batch = collator.keeping_bytes()([ask()])
+    assert "they are made on the CPU" in caplog.text
+    assert torch.equal(batch["pixel_values"], collator([ask()])["pixel_values"])
 
 
 @pytest.mark.parametrize("family", QWEN)

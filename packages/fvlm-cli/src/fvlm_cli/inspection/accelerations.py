@@ -134,4 +134,6 @@ def _bytes(opened: Opened) -> Acceleration:
     if keeps_bytes(processor):
         return Acceleration(name, True, "an eighth of what would be copied")
     kind = type(vars(processor).get("image_processor", processor)).__name__
-    return Acceleration(name, False, f"it is known step by step for Qwen2VLImageProcessor, and this is {kind}")
+    known = "Qwen2VLImageProcessor"
+    why = "its settings, or this transformers, make other pixels" if kind == known else f"and this is {kind}"
+    return Acceleration(name, False, f"it is known step by step for {known}, {why}")

@@ -111,7 +111,7 @@ class LayerGraphs:
         if not self.holds or module is None or not isinstance(hidden, Tensor):
             return
         rates = [kind.kept_bytes / prod(key[1]) for key, kind in self._stages.items() if key[0] is type(module)]
-        if not self._room.allows(max(rates, default=0.0) * hidden.numel(), hidden.device):
+        if any(rates) and not self._room.allows(max(rates) * hidden.numel(), hidden.device):
             self.give_back()
 
     @property

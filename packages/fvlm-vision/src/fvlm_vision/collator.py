@@ -9,9 +9,9 @@ import torch
 
 from fvlm_core.arch import facts_for, media_token_ids, task_model
 from fvlm_core.arch.packing import packing_of
-from fvlm_core.batch_plan import IMAGE
 from fvlm_core.errors import ConfigError, DataError
 from fvlm_core.fused import CAUSAL_LAYER, has_fused, has_fused_loss
+from fvlm_core.fused.media import MEDIA_ROWS, MEDIA_SIZES, PLACING
 from fvlm_core.fused.segments import ROW_MULTIPLE, attends_by_segments
 from fvlm_vision.arguments import check_collator, check_processor, positive
 from fvlm_vision.encoding import Encoder
@@ -126,7 +126,8 @@ class FastVisionDataCollator:
             image_size=vision.get("image_size") if isinstance(vision.get("image_size"), int) else None,
         )
         self.plan_loss = has_fused_loss(model) if plan_loss is None else plan_loss
-        self._plan_media = has_fused(model, "media_model")
+        self._plan_media = any(has_fused(model, kind) for kind in PLACING)
+        self._image_ids = torch.tensor(sorted(media_token_ids(facts, model.config, processor).image))
         self._is_causal = has_fused(model, CAUSAL_LAYER)
         self._packing = packing_of(task_model(model)) if packing else None
         self._by_segments = packing and attends_by_segments(model)
@@ -237,8 +238,10 @@ class FastVisionDataCollator:
             batch = with_segments(batch) if self._by_segments else batch
         if self.plan_loss:
             batch["label_rows"] = label_rows(batch["labels"], self.ignore_index)
-            if self._plan_media and "mm_token_type_ids" in batch:
-                batch["media_rows"] = (batch["mm_token_type_ids"] == IMAGE).flatten().nonzero()[:, 0]
+            if self._plan_media and "pixel_values" in batch:
+                batch[MEDIA_ROWS] = torch.isin(batch["input_ids"], self._image_ids).flatten().nonzero()[:, 0]
+                if "image_sizes" in batch:
+                    batch[MEDIA_SIZES] = batch["image_sizes"].tolist()
             if self._is_causal and _only_trailing_padding(batch):
                 del batch["attention_mask"]
         return batch

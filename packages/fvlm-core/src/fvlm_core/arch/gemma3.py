@@ -28,6 +28,7 @@ FACTS = ArchFacts(
     ),
     fused={
         "Gemma3ForConditionalGeneration": "gemma_task_model",
+        "Gemma3Model": "pooled_media_model",
         "Gemma3DecoderLayer": "sandwich_layer",
         "Gemma3Attention": "attention",
         "Gemma3MLP": "gated_mlp",

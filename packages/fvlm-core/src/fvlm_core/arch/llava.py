@@ -28,6 +28,7 @@ FACTS = ArchFacts(
     ),
     fused={
         "LlavaForConditionalGeneration": "task_model",
+        "LlavaModel": "sized_media_model",
         "LlavaMultiModalProjector": "plain_mlp",
         **PIXTRAL,
     },

@@ -26,6 +26,7 @@ FACTS = ArchFacts(
     ),
     fused={
         "Mistral3ForConditionalGeneration": "task_model",
+        "Mistral3Model": "sized_media_model",
         "Mistral3MultiModalProjector": "merging_projector",
         "Mistral3RMSNorm": "rms_norm",
         **PIXTRAL,

@@ -27,6 +27,7 @@ FACTS = ArchFacts(
     media=MediaTokens(image=("image_token_index",)),
     fused={
         "MllamaForConditionalGeneration": "task_model",
+        "MllamaTextModel": "text_model",
         "MllamaSelfAttentionDecoderLayer": "decoder_layer",
         "MllamaTextSelfAttention": "attention",
         "MllamaCrossAttentionDecoderLayer": "cross_layer",

@@ -11,6 +11,7 @@ PIXTRAL = {
     "Conv2d": "patch_conv",
 }
 MISTRAL = {
+    "MistralModel": "text_model",
     "MistralDecoderLayer": "decoder_layer",
     "MistralAttention": "config_window_attention",
     "MistralMLP": "gated_mlp",

@@ -47,6 +47,8 @@ FACTS = ArchFacts(
     planner=_planner,
     fused={
         "Qwen3VLForConditionalGeneration": "task_model",
+        "Qwen3VLModel": "deep_media_model",
+        "Qwen3VLTextModel": "text_model",
         "Qwen3VLTextDecoderLayer": "decoder_layer",
         "Qwen3VLTextAttention": "attention",
         "Qwen3VLTextMLP": "gated_mlp",

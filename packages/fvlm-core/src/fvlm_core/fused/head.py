@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fvlm_core.fused.cache import cache_of
-from fvlm_core.fused.media import MEDIA_ROWS
+from fvlm_core.fused.media import MEDIA_ROWS, MEDIA_SIZES
 from fvlm_kernels import linear_cross_entropy
 
 LABEL_ROWS = "label_rows"
@@ -55,7 +55,7 @@ def task_model_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     for logits, or with a head that is adapted or hooked.
     """
     if not _is_training_call(module, args, kwargs):
-        for name in (LABEL_ROWS, MEDIA_ROWS):
+        for name in (LABEL_ROWS, MEDIA_ROWS, MEDIA_SIZES):
             kwargs.pop(name, None)
         return type(module).forward(module, *args, **kwargs)
     labels, rows = kwargs.pop("labels"), kwargs.pop(LABEL_ROWS, None)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.fused import attention, blocks, head, media, mlp, norms, patches, towers, vision
+from fvlm_core.fused import attention, blocks, head, media, mlp, norms, patches, texts, towers, vision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +50,10 @@ LAYERS: dict[str, FusedLayer] = {
     "patch_conv": FusedLayer(patches.patch_conv_forward, patches.patch_conv_unfit),
     "merging_projector": FusedLayer(mlp.merging_projector_forward, mlp.plain_unfit),
     "media_model": FusedLayer(media.media_model_forward),
+    "deep_media_model": FusedLayer(media.deep_media_model_forward),
+    "pooled_media_model": FusedLayer(media.pooled_media_model_forward),
+    "sized_media_model": FusedLayer(media.sized_media_model_forward),
+    "text_model": FusedLayer(texts.text_model_forward),
     "task_model": FusedLayer(head.task_model_forward, head.task_model_unfit),
     "gemma_task_model": FusedLayer(head.task_model_forward, head.gemma_task_model_unfit),
 }

@@ -106,13 +106,18 @@ def assert_equal_runs(ours, expected):
         assert torch.equal(ours[1][name], weight), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("dropout", "flat"), [(0.0, "none"), (0.5, "none"), (0.0, "some"), (0.0, "all")])
 @pytest.mark.parametrize("micro_batch", [5, 6])  # the first and the second of the third step
 @pytest.mark.parametrize("place", ["forward", "backward"])
-def test_a_micro_batch_is_repeated(trainer_of, caplog, place, micro_batch, dropout):
+def test_a_micro_batch_is_repeated(trainer_of, caplog, monkeypatch, place, micro_batch, dropout, flat):
+    monkeypatch.setattr(FastVisionTrainer, "_can_be_flat", lambda self, model: flat != "none")
+    monkeypatch.setattr("fvlm_core.flat.LEAST", 1000 if flat == "some" else 0)
     whole, shortage = trainer_of(place, dropout)
     expected = run(whole)
     assert shortage.calls == 2 * STEPS
+    if flat != "none":
+        assert bool(whole._flat.alone) == (flat == "some")
+        assert len(whole._flat.parameters) < len(trainable(whole.model))
     trainer, shortage = trainer_of(place, dropout)
     shortage.left = micro_batch
     assert_equal_runs(run(trainer), expected)

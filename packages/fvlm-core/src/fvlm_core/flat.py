@@ -66,6 +66,12 @@ class FlatParameters:
         torch._foreach_copy_([view for view, _ in pairs], [g for _, g in pairs])
         self.parameter.grad = self._gradient
 
+    def scatter(self) -> None:
+        """Copy the flat one's gradient, as `gather` left it, to those parameters that have a gradient."""
+        pairs = [(p.grad, view) for p, view in zip(self.parameters, self._views, strict=True) if p.grad is not None]
+        if pairs:
+            torch._foreach_copy_([g for g, _ in pairs], [view for _, view in pairs])
+
 
 def flatten(parameters: Sequence[nn.Parameter]) -> tuple[list[FlatParameters], list[nn.Parameter]]:
     """Move the parameters that are worth it into flat ones, by dtype and device.

@@ -69,6 +69,22 @@ class FlatOptimizer:
         """Return the model's parameters that lie in one of the optimizer's; they all get their gradients together."""
         return next((flat.parameters for flat in self._flat if flat.parameter is parameter), [parameter])
 
+    @property
+    def alone(self) -> list[nn.Parameter]:
+        """The parameters that lie in no flat one."""
+        flat = {id(one.parameter) for one in self._flat}
+        return [p for p in self.parameters if id(p) not in flat]
+
+    def hold(self) -> None:
+        """Copy the gradients so far to the flat ones' place, which is free until the next step."""
+        for flat in self._flat:
+            flat.gather()
+
+    def put_back(self) -> None:
+        """Give parameters that have a gradient the one that they had when it was held."""
+        for flat in self._flat:
+            flat.scatter()
+
     def clip(self, max_norm: float) -> Tensor:
         """Clip the gradients for the next step; return their norm before, a 0-d tensor."""
         for flat in self._flat:

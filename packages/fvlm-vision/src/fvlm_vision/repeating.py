@@ -20,8 +20,10 @@ from fvlm_vision.stepping import SteppingTrainer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fvlm_vision.flat_optimizer import FlatOptimizer
+
 MOST_COPIED = 1 << 30
-"""Bytes of gradients that are copied before a micro-batch that adds to them; those of adapters are less."""
+"""Bytes of gradients that are copied before a micro-batch that adds to them, beside those that lie in flat ones."""
 
 
 class RepeatingTrainer(SteppingTrainer):
@@ -52,7 +54,7 @@ class RepeatingTrainer(SteppingTrainer):
         start = None
         if graphs is not None and graphs.may_hold and self._alone:
             parameters = self._trained() if trains else []
-            start = once_more(lambda: Start(parameters, self._counts[self._mode()]), graphs.give_back)
+            start = once_more(lambda: Start(parameters, self._counts[self._mode()], self._flat), graphs.give_back)
         while True:
             try:
                 return work()
@@ -103,17 +105,26 @@ class Start:
     Args:
         parameters: those whose gradients it adds to.
         counts: a list that it appends to.
+        flat: what holds most of them; None: nothing does.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], counts: list[torch.Tensor]) -> None:
-        self._random = RandomState({p.device for p in parameters})
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        counts: list[torch.Tensor],
+        flat: FlatOptimizer | None = None,
+    ) -> None:
+        self._random = RandomState(p.device for p in parameters[:1])  # what lies on several devices keeps nothing
         self._counts, self._counted = counts, len(counts)
-        grads = [p.grad for p in parameters]
-        self._made = [(g, g._version) for g in grads if g is not None]
+        self._without = [p for p in parameters if p.grad is None]
+        self._flat = flat if len(self._without) < len(parameters) else None
+        if self._flat is not None:
+            self._flat.hold()
+        grads = [p.grad for p in (parameters if flat is None else flat.alone) if p.grad is not None]
+        self._made = [(g, g._version) for g in grads]
         self._copies: list[tuple[list[torch.Tensor], torch.Tensor]] | None = None
-        if sum(g.nbytes for g, _ in self._made) <= MOST_COPIED and all(not g.is_sparse for g, _ in self._made):
-            self._copies = _copied([g for g, _ in self._made])
-        self._without = [p for p, g in zip(parameters, grads, strict=True) if g is None]
+        if sum(g.nbytes for g in grads) <= MOST_COPIED and not any(g.is_sparse for g in grads):
+            self._copies = _copied(grads)
 
     @property
     def restorable(self) -> bool:
@@ -126,6 +137,8 @@ class Start:
         del self._counts[self._counted :]
         for parameter in self._without:
             parameter.grad = None
+        if self._flat is not None:
+            self._flat.put_back()
         for grads, flat in self._copies or ():
             parts = flat.split([g.numel() for g in grads])
             torch._foreach_copy_(grads, [part.view(g.shape) for part, g in zip(parts, grads, strict=True)])

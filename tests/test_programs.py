@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, List, Value
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from fvlm_cli.quickstart.folders import shipped_checkpoint
+from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer
 
 PROGRAMS = Path(__file__).resolve().parents[1] / "examples" / "programs"
 
@@ -55,6 +58,43 @@ def test_ocr_training_changes_the_adapter_and_saving_keeps_it(programs, tmp_path
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.testing.assert_close(saved[name], parameter, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", [FastVisionTrainer, SFTTrainer, Trainer])
+def test_stock_trainers_train_the_same_model_with_the_same_collator(kind, programs, tmp_path):
+    """What a user of `trl` or `transformers` writes; the first loss is the plain model's under each of them."""
+    model, processor = programs["basic"].load(shipped_checkpoint())
+    FastVisionModel.for_training(model)
+    chats = [row["messages"] for row in programs["ocr_training"].conversations(4)]
+    images = [[block.pop("image") for block in chat[1]["content"] if block["type"] == "image"] for chat in chats]
+    for block in (block for chat in chats for turn in chat for block in turn["content"]):
+        block.setdefault("text", None)  # a table has all columns in all its rows
+    text = Value("string")
+    turns = List({"role": text, "content": List({"type": text, "text": text})})
+    features = Features({"messages": turns, "images": List(Image())})
+    rows = Dataset.from_dict({"messages": chats, "images": images}, features=features)
+    collator = FastVisionDataCollator(model, processor)
+    with torch.no_grad():
+        expected = model(**collator(list(rows))).loss.item()
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 2e-4,
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    if kind is Trainer:
+        args = TrainingArguments(**settings)
+    else:
+        args = SFTConfig(**settings, dataset_text_field="", dataset_kwargs={"skip_prepare_dataset": True})
+    trainer = kind(model=model, args=args, data_collator=collator, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(expected, rel=2e-3)  # trl's adapters of a 4-bit model are bfloat16
+    assert len(losses(trainer)) == 2
+    assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_language_only_leaves_the_vision_tower_alone(programs, tmp_path):

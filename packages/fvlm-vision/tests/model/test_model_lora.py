@@ -84,6 +84,30 @@ def test_a_frozen_tower_carries_no_gradient_though_checkpointing_was_on(folder, 
     assert not any(carried)
 
 
+@pytest.mark.parametrize("mode", [False, True, "unsloth", "auto"])
+@pytest.mark.parametrize("load", [NF4, {"load_in_8bit": True}, {"load_in_16bit": True}], ids=str)
+def test_a_frozen_vision_tower_saves_nothing_for_backward(folder, batch, load, mode):
+    saved = {}
+    for vision in (False, True):
+        model, _ = FastVisionModel.from_pretrained(folder, **load)
+        model = FastVisionModel.get_peft_model(model, finetune_vision_layers=vision, use_gradient_checkpointing=mode)
+        tower, numbers, inside = model.get_submodule("base_model.model.model.visual"), [], []
+        own = {p.data_ptr() for p in model.parameters()}
+
+        def pack(tensor, numbers=numbers, inside=inside, own=own):
+            if inside and tensor.data_ptr() not in own:
+                numbers.append(tensor.numel())
+            return tensor
+
+        tower.register_forward_pre_hook(lambda module, args, inside=inside: inside.append(True))
+        tower.register_forward_hook(lambda module, args, out, inside=inside: inside.clear())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**batch).loss.backward()
+        saved[vision] = sum(numbers)
+    assert saved[False] == 0
+    assert saved[True] > 0  # the measure sees what is there
+
+
 @pytest.mark.parametrize("tower", ["vision", "language"])
 def test_all_biases_means_those_of_the_chosen_towers(base, tower, tmp_path):
     model = FastVisionModel.get_peft_model(base, bias="all", r=2, **{f"finetune_{tower}_layers": False})

@@ -34,8 +34,10 @@ NAME = "fa4"
 FROM = 2048
 """Keys that a query sees on average, from which on it pays to import the package (some seconds) for a whole run."""
 CAPABILITY = (9, 0)
-_TOLERANCE = 2e-2
+_TOLERANCE = 8e-3
 """The largest distance from PyTorch's attention in fp32, relative to its norm; kernels that are right have 2e-3."""
+_HEADS = 16
+"""Heads of the comparison: with its rows enough tiles that not all run at once on a GPU, and one may undo another's."""
 _FAILURES = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError, OSError)
 """What a package of another version may raise: its interface moves."""
 
@@ -172,7 +174,7 @@ def _right(device: torch.device, dtype: torch.dtype, width: int, causal: bool, s
 
 def _agrees(device: torch.device, dtype: torch.dtype, width: int, causal: bool, segments: bool) -> bool:
     """Compare result and gradients with plain attention in fp32, on lengths that fill no block."""
-    lengths = (200, 0, 77, 1) if segments else (150, 150)
+    lengths = (200, 0, 77, 1, 320, 150, 64, 65) * 6 if segments else (150,) * 48
     try:
         # without autograd, since the layer that asks may be one whose saved tensors are counted or moved
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -191,7 +193,7 @@ def _distance(
     device: torch.device, dtype: torch.dtype, width: int, causal: bool, lengths: tuple[int, ...], segments: bool
 ) -> float:
     generator = torch.Generator(device).manual_seed(0)  # of its own: the run's random numbers stay what they are
-    shape, scale = (sum(lengths), 2, width), width**-0.5
+    shape, scale = (sum(lengths), _HEADS, width), width**-0.5
     given = [torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(4)]
     cu, longest, inputs = None, None, given
     if segments:
@@ -199,6 +201,9 @@ def _distance(
     else:
         inputs = [t.unflatten(0, (len(lengths), -1)) for t in given]
     *qkv, dout = inputs
+    # What the kernels allocate shall hold rubbish before, as in a training run.
+    rubbish = [torch.full((size // 4,), 1e4, device=device) for size in (2**18, 2**20, 2**24, 2**24)]
+    del rubbish
     out, lse = _kernels().forward(*qkv, scale, causal, cu, longest)
     got = [out, *_kernels().backward(*qkv, out, dout, lse, scale, causal, cu, longest)]
     pieces = zip(*(t.float().transpose(0, 1).split(lengths, dim=1) for t in given), strict=True)

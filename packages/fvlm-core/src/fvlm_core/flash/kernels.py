@@ -5,7 +5,8 @@ The forward pass is the package's own call. So is the backward pass, except for 
 rounds up to no multiple of 32: those of 72 and 80 channels, which most vision towers have. For these the package's
 call returns wrong gradients of the queries (4.0.0b36): the main kernel writes their fp32 sums in rows of 80, and the
 last kernel reads them in rows of 96 (Dao-AILab/flash-attention, pull request 2896). `_backward_of_one_width` runs the
-same three kernels with the main kernel's width in all.
+same three kernels with the main kernel's width for the sums. The first one keeps the package's own rounding, and does
+not clear the sums: told of rows of 80, its threads cover 128 tokens of a tile of 64 and write beyond the last tile.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 _MULTIPLE = 16
 """What the main kernel rounds a head's width up to."""
 _OF_THE_OTHERS = 32
-"""What the package rounds it up to before and after that kernel."""
+"""What the package rounds it up to before that kernel, and after it."""
 _compiled = get_jit_cache("fvlm_bwd")
 
 
@@ -118,9 +119,9 @@ def _backward_of_one_width(
     else:  # each segment starts at a multiple of a block
         shape = (heads, (q.shape[0] + cu.shape[0] * rows - 1) // rows * rows)
     dpsum, lse_log2 = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    sums = q.new_empty((*shape[:-1], shape[-1] * kernel.tile_hdim), dtype=torch.float32)
-    before = (out, dout, dpsum, lse, lse_log2, sums, cu, None, None, dtype, width, width, rows)
-    interface._bwd_preprocess(*before, hdim_multiple_of=_MULTIPLE, fake_mode=fake)
+    sums = q.new_zeros((*shape[:-1], shape[-1] * kernel.tile_hdim), dtype=torch.float32)
+    before = (out, dout, dpsum, lse, lse_log2, None, cu, None, None, dtype, width, width, rows)
+    interface._bwd_preprocess(*before, hdim_multiple_of=_OF_THE_OTHERS, fake_mode=fake)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     key = (dtype, width, causal, cu is not None)
     if key not in _compiled:

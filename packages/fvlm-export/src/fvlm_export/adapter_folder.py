@@ -22,6 +22,7 @@ from fvlm_export.adapters import module_name
 from fvlm_export.changes import Change, Replacement
 from fvlm_export.compute import all_finite
 from fvlm_export.layout import Layout
+from fvlm_export.older_names import use_todays_names
 from fvlm_export.safetensor_file import SafetensorFile
 from fvlm_export.skeleton import Skeleton, skeleton_of
 
@@ -98,6 +99,8 @@ def place_adapters(folders: Mapping[str, Path], skeleton: Skeleton, layout: Layo
             config: Any = read_adapter_config(folder)
             config.inference_mode = True
             config.init_lora_weights = True  # an initialization from the base's values would read placeholders
+            modules = (path for path, _ in skeleton.model.named_modules())
+            use_todays_names(config, _renamed_modules(folder, layout), modules)
             try:
                 if peft is None:
                     peft = PeftModel(base, config, adapter_name=name, low_cpu_mem_usage=True)
@@ -177,6 +180,17 @@ def _renamed(key: str, expected: Mapping[str, object], layout: Layout) -> str:
                 return f"{_PREFIX}{renamed.removesuffix('.' + leaf)}.lora_{rest}"
         return key
     return _PREFIX + layout.param_named(module) if key.startswith(_PREFIX) else key
+
+
+def _renamed_modules(folder: Path, layout: Layout) -> dict[str, str]:
+    """Return older module name → today's, of those in an adapter's file whose name has changed."""
+    path = folder / WEIGHTS
+    found: dict[str, str] = {}
+    for key in SafetensorFile(path).infos if path.is_file() else ():
+        module, part, _ = key.removeprefix(_PREFIX).partition(".lora_")
+        if part and module not in found:
+            found[module] = _renamed(key, {}, layout).removeprefix(_PREFIX).partition(".lora_")[0]
+    return {old: new for old, new in found.items() if old != new}
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -62,6 +62,7 @@ class Layout:
     def __init__(self, skeleton: Skeleton, conversions: list[Any]) -> None:
         self.skeleton = skeleton
         self._conversions = conversions
+        self._renamings: list[WeightRenaming] | None = None
         # revert_weight_conversion reads the conversions off the model, as after a real load
         skeleton.model.__dict__["_weight_conversions"] = conversions
 
@@ -148,9 +149,12 @@ class Layout:
         """Return today's module name of a parameter that may be under an older name; unknown names come back as is."""
         if key in self.skeleton.shapes:
             return key
-        mapping = get_model_conversion_mapping(self.skeleton.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        renamed, _ = rename_source_key(key, renamings, [], self.skeleton.model.base_model_prefix, self.skeleton.shapes)
+        if self._renamings is None:
+            mapping = get_model_conversion_mapping(self.skeleton.model)
+            self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        renamed, _ = rename_source_key(
+            key, self._renamings, [], self.skeleton.model.base_model_prefix, self.skeleton.shapes
+        )
         return renamed if renamed in self.skeleton.shapes else key
 
 

@@ -50,7 +50,7 @@ def wanting(model, place):
 def trainer_of(qwen2_vl_folder, tmp_path):
     """Makes a trainer of fused and recorded layers, and what lets memory run out in it."""
 
-    def make(place, dropout=0.0, mode="auto", **settings):
+    def make(place, dropout=0.0, mode="auto", dropped="language_model", **settings):
         model, processor = FastVisionModel.from_pretrained(
             qwen2_vl_folder, load_in_16bit=True, fused_layers=True, device_map="cpu"
         )
@@ -61,7 +61,7 @@ def trainer_of(qwen2_vl_folder, tmp_path):
             for parameter in trainable(model).values():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
         for name, module in model.named_modules():
-            if dropout and "language_model" in name and name.endswith("lora_dropout"):
+            if dropout and dropped in name and name.endswith("lora_dropout"):
                 module["default"] = torch.nn.Dropout(dropout)
         samples = [sample for batch in make_batches(2 * STEPS) for sample in batch]
         given = {
@@ -124,6 +124,19 @@ def test_a_micro_batch_is_repeated(trainer_of, caplog, monkeypatch, place, micro
     assert (shortage.raised, shortage.calls) == (1, 2 * STEPS + 1)
     assert len([r for r in caplog.records if "give it back" in r.message]) == 1
     assert graphs_of(trainer.model).holds  # less than before
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_micro_batch_is_repeated_where_layers_keep_without_recordings(trainer_of, caplog, place):
+    """Dropout everywhere: no layer is recorded, and all keep what they compute until memory runs out."""
+    whole, _ = trainer_of(place, 0.5, dropped="")
+    expected = run(whole)
+    assert graphs_of(whole.model).recorded == 0
+    trainer, shortage = trainer_of(place, 0.5, dropped="")
+    shortage.left = 5
+    assert_equal_runs(run(trainer), expected)
+    assert (shortage.raised, shortage.calls) == (1, 2 * STEPS + 1)
+    assert len([r for r in caplog.records if "layers that are not recorded kept up to" in r.message]) == 1
 
 
 def test_a_shortage_that_stays_is_one_sentence(trainer_of):

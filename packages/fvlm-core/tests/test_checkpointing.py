@@ -184,7 +184,7 @@ def test_auto_says_what_it_is(model, caplog):
     with caplog.at_level(logging.INFO, logger="fvlm_core"):
         apply_checkpointing(model, "auto")
     assert [record.message for record in caplog.records] == [
-        "use_gradient_checkpointing='auto' is 'offload' here: no layer runs as a CUDA graph."
+        "use_gradient_checkpointing='auto' is 'offload' here: the model does not lie on one GPU with fused layers."
     ]
 
 

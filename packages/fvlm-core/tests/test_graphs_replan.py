@@ -100,6 +100,7 @@ def test_a_layer_that_is_not_recorded_runs_again_with_the_same_dropout(model, mo
     shortage = Shortage(language[0].mlp.forward, after=call == 1)
     vars(language[0].mlp)["forward"] = shortage
     graphs = recorded(model, "auto")
+    graphs.unrecorded._room.most = 0  # else it would keep what it computes
     batch = without_mask(make_batch(model.config))
 
     def seeded():

@@ -8,8 +8,9 @@
 | ``"auto"`` | everything, as far as there is room; the other layers as with ``"offload"`` | device |
 
 The result of attention over thousands of tokens is kept where layers run as CUDA graphs (`fvlm_core.passes`).
-``"auto"`` needs layers that run as CUDA graphs (`fvlm_core.graphs`): there it is known before a step what each of them
-keeps. Elsewhere it is ``"offload"``, and says so.
+``"auto"`` is for models that lie on one GPU as a whole. Where layers run as CUDA graphs (`fvlm_core.graphs`) it is
+known before a step what each of them keeps; others (8 bit, trained whole, with DoRA or dropout) keep it or not call by
+call, by what is free then. Elsewhere it is ``"offload"``, and says so.
 
 A layer through which no gradient flows keeps nothing in any mode, and is not computed again: a frozen vision tower
 costs its forward pass only. Recomputation is non-reentrant, so a frozen embedding in front of trainable layers needs no
@@ -77,6 +78,10 @@ class Recompute:
             out = self.graphs.run(layer, args, all_offloaded if self.offload else None)
             if out is not None:
                 return out
+            if self.graphs.keep and _carries_gradient(layer, args):
+                out = self.graphs.unrecorded.run(module_of(layer), layer, args)
+                if out is not None:
+                    return out
             if self.graphs.holds:
                 start = RandomState({a.device for a in args if isinstance(a, torch.Tensor)})
                 graphs = self.graphs
@@ -135,13 +140,21 @@ def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
         does not support checkpointing.
 
     Raises:
-        ConfigError: ``mode`` is none of the modes.
+        ConfigError: ``mode`` is none of the modes, or a budget that the model was loaded with has no say in it.
     """
     chosen = canonical_mode(mode)
     base = _base_model(model)
     if chosen == "auto" and graphs_of(base) is None:
-        logger.info("use_gradient_checkpointing='auto' is 'offload' here: no layer runs as a CUDA graph.")
+        logger.info(
+            "use_gradient_checkpointing='auto' is 'offload' here: the model does not lie on one GPU with fused layers."
+        )
         chosen = "offload"
+    graphs = graphs_of(base)
+    if graphs is not None and graphs.memory_budget is not None and chosen != "auto":
+        raise ConfigError(
+            f"memory_budget={graphs.memory_budget!r} is for what layers keep, and under use_gradient_checkpointing="
+            f"{mode!r} nothing is chosen by it: pass 'auto', or load the model without it."
+        )
     if chosen is not False and not _supports(base):
         logger.warning("%s does not support gradient checkpointing: it stays off.", type(base).__name__)
         chosen = False

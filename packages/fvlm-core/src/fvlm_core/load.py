@@ -62,7 +62,8 @@ def load_model(
         fused_layers: run fused layers in the place of the model's own (`fvlm_core.fused`); None: where the whole model
             lies on one GPU.
         memory_budget: GiB of device memory that may be allocated in all while ``use_gradient_checkpointing="auto"``
-            chooses what layers keep; None: what is free, less a reserve (`fvlm_core.graphs.room`).
+            chooses what layers keep, the one mode that takes it; None: what is free, less a reserve
+            (`fvlm_core.graphs.room`).
         **kwargs: options of transformers' ``from_pretrained``: those of `fvlm_core.options`.
 
     Returns:

@@ -20,6 +20,7 @@ from fvlm_vision.stepping import SteppingTrainer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fvlm_core.graphs import LayerGraphs
     from fvlm_vision.flat_optimizer import FlatOptimizer
 
 MOST_COPIED = 1 << 30
@@ -59,10 +60,10 @@ class RepeatingTrainer(SteppingTrainer):
             try:
                 return work()
             except torch.OutOfMemoryError as error:
-                if start is None or graphs is None or not start.restorable or not graphs.give_back():
+                if start is None or graphs is None or not start.restorable or not graphs.keep_less():
                     if self.args.auto_find_batch_size:
                         raise  # accelerate waits for it
-                    raise self._too_large(inputs, trains, held=graphs is not None and graphs.holds) from error
+                    raise self._too_large(inputs, trains, held=_holds(graphs)) from error
             start.restore()  # here nothing holds what the failed pass had made
 
     def _mode(self) -> str:
@@ -97,6 +98,10 @@ class RepeatingTrainer(SteppingTrainer):
         return ResourceError(
             f"memory of {self.accelerator.device} ran out in {place}, over a batch of {size} tokens: {remedy}."
         )
+
+
+def _holds(graphs: LayerGraphs | None) -> bool:
+    return graphs is not None and (graphs.holds or graphs.unrecorded.holds)
 
 
 class Start:

@@ -65,9 +65,9 @@ class Room:
         """Tell whether there is memory for a layer to run that would keep ``size`` bytes."""
         return _MARGIN * size <= self.free(device)
 
-    def has_for(self, size: int, device: torch.device) -> bool:
-        """Tell whether a layer of ``size`` bytes may be kept."""
-        return self.kept_bytes + size <= self.most and _MARGIN * size <= self.left(device)
+    def has_for(self, size: int, device: torch.device, beside: int = 0) -> bool:
+        """Tell whether a layer of ``size`` bytes may be kept, while ``beside`` bytes more will be needed."""
+        return self.kept_bytes + size <= self.most and _MARGIN * size + beside <= self.left(device)
 
     def describe(self, device: torch.device) -> str:
         """Say why there is no more room."""

@@ -23,6 +23,7 @@ from fvlm_core.graphs.sightings import Sightings
 from fvlm_core.graphs.stage import Arena, Key, Stage
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, Recorder
+from fvlm_core.graphs.unrecorded import Unrecorded
 from fvlm_core.passes import KEEP_FROM
 from fvlm_core.repeat import once_more
 
@@ -49,13 +50,14 @@ class LayerGraphs:
     Attributes:
         keep: whether layers keep what their forward passes compute, as far as there is room for it; the others compute
             it again.
+        unrecorded: does the same for layers that cannot be recorded.
     """
 
     def __init__(
         self, rehearse: bool = False, memory_budget: float | None = None, keep_attention_from: int = KEEP_FROM
     ) -> None:
-        self._rehearse, self._keep_from = rehearse, keep_attention_from
-        self._room = Room(memory_budget)
+        self._rehearse, self._keep_from, self.memory_budget = rehearse, keep_attention_from, memory_budget
+        self._room, self.unrecorded = Room(memory_budget), Unrecorded(memory_budget, rehearse)
         self.keep = False
         self._recorders: dict[torch.device, Recorder] = {}
         self._stages: OrderedDict[Key, Kind] = OrderedDict()
@@ -73,10 +75,10 @@ class LayerGraphs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Nothing of a recording can be stored."""
-        return _made, (self._rehearse, self._room.budget, self._keep_from, self.keep)
+        return _made, (self._rehearse, self.memory_budget, self._keep_from, self.keep)
 
     def _fresh(self) -> LayerGraphs:
-        return _made(self._rehearse, self._room.budget, self._keep_from, self.keep)
+        return _made(self._rehearse, self.memory_budget, self._keep_from, self.keep)
 
     def run(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving | None = None) -> Tensor | None:
         """Run a layer as a recording; None where it must be run as it is.
@@ -121,8 +123,12 @@ class LayerGraphs:
 
     @property
     def may_hold(self) -> bool:
-        """Whether layers hold such memory now, or may come to."""
-        return self.holds or (self.keep and self._room.most > 0)
+        """Whether layers hold such memory now, or may come to; those that are not recorded included."""
+        return self.holds or (self.keep and (self._room.most > 0 or self.unrecorded.may_hold))
+
+    def keep_less(self) -> bool:
+        """Do what `give_back` does, or keep less in layers that are not recorded, for a pass that is done again."""
+        return self.give_back() or self.unrecorded.lower()
 
     def give_back(self) -> bool:
         """Free what layers keep, since memory runs short, and let them keep less from now on.
@@ -207,7 +213,8 @@ class LayerGraphs:
         if (kind is not None and kind.unfit) or prod(key[1]) >= self._too_large.get(type(module), float("inf")):
             return None
         state = LayerState(module)
-        if not state.recordable:
+        self.unrecorded.note(module, state.reason)
+        if state.reason is not None:
             return None
         try:
             if kind is None:

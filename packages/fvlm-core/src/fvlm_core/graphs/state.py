@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fvlm_core.fused.adapted import Adapted, adapted
+from fvlm_core.fused.adapted import Adapted, adapted, why_unfused
 from fvlm_core.hooks import hooks_act, hooks_inside
 
 
@@ -45,8 +45,17 @@ class LayerState:
         adapters = [p for one in self.adapted if one is not None for p in (one.layer.a, one.layer.b) if p is not None]
         self.trained = [p for p in (*adapters, *biases, *others) if p.requires_grad]
         self._hooks = hooks_inside(module)
+        self.reason = self._unfit(module)
+        """Why it cannot be recorded, or None."""
+
+    def _unfit(self, module: nn.Module) -> str | None:
+        for linear, one in zip(self._linears, self.adapted, strict=True):
+            if one is None:
+                return f"a linear layer {why_unfused(linear)}"
+        if hooks_act(self._hooks):
+            return "hooks act on it"
         dropped = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
-        self.recordable = None not in self.adapted and not hooks_act(self._hooks) and not dropped
+        return "it has dropout" if dropped else None
 
     def holds(self) -> bool:
         """Whether nothing has changed, and no hook acts that a replay would leave out."""

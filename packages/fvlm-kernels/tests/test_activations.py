@@ -97,6 +97,18 @@ def test_limits(op, device):
     torch.testing.assert_close(next(iter(grads.values())), slope, rtol=1e-5, atol=1e-6)
 
 
+def test_gelu_keeps_its_digits_far_below_zero(device):
+    """At −5 x Φ(x) and its slope are about 1e-6: PyTorch's fp32 form has lost all digits there, ours keeps five."""
+    x = torch.linspace(-6, 6, 1201, dtype=torch.float32, device=device)
+    (y,), grads = run_with_gradients(partial(gelu, impl="triton"), {"x": x}, ["x"], [torch.ones_like(x)])
+    wide = x.double()
+    share = 0.5 * torch.special.erfc(-wide / 2**0.5)
+    slope = share + wide * torch.exp(-0.5 * wide**2) / (2 * torch.pi) ** 0.5
+    torch.testing.assert_close(y.double(), wide * share, rtol=1e-5, atol=0)
+    low = x < -3
+    torch.testing.assert_close(grads["x"].double()[low], slope[low], rtol=1e-4, atol=0)
+
+
 @every_op
 def test_saves_the_inputs_alone(op, device):
     tensors = {n: t.requires_grad_() for n, t in inputs_of(op, (4, 64), torch.float32, device).items()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -206,3 +207,8 @@ def test_bad_input_gets_one_sentence(call, error, words):
     with pytest.raises(error, match=words) as caught:
         call(torch.ones(2, 4, 3, 64), torch.ones(2, 3, 64))
     assert "\n" not in str(caught.value)
+
+
+def test_how_many_heads_a_program_turns_at_a_time():
+    heads_at_once = sys.modules[rotary.__module__]._heads_at_once
+    assert [heads_at_once(n) for n in (1, 2, 3, 8, 12, 16, 28, 32)] == [1, 2, 2, 8, 8, 16, 32, 32]

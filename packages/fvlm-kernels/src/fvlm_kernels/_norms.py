@@ -119,8 +119,9 @@ def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int,
 def deal_chunks(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int, int]:
     """Deal out ``m`` rows of ``n`` columns in pieces, as :func:`deal_rows` does whole ones.
 
-    Without sums two rows of up to 2048 columns share a program, each with a warp of its own. Programs that carry sums
-    along take one row at a time, in one piece.
+    Without sums two rows of up to 2048 columns share a program, each with a warp of its own. A program that carries
+    sums along takes one row at a time: up to 1280 columns with one warp, which adds up without shared memory, in pieces
+    that leave no column over where that is possible (1152 are nine of 128).
 
     Returns:
         ``(programs, blocks of each, BLOCK_M, CHUNK, CHUNKS, num_warps)``.
@@ -130,8 +131,15 @@ def deal_chunks(device: torch.device, m: int, n: int, summing: bool) -> tuple[in
         if chunks > 1 and n <= 2048:
             block_m, num_warps = 2, 2
         return cdiv(m, block_m), 1, block_m, chunk, chunks, num_warps
-    small = n <= 2048
-    block_m, chunk, num_warps = row_blocks(n, tile=2048, per_thread=32 if small else 16, min_warps=2)
+    block_m, chunk, chunks, num_warps = row_chunks(n)
+    per_processor = 2 if n > 2048 else 4
+    if chunks == 1:
+        block_m, chunk, num_warps = row_blocks(n, tile=2048)
+    elif n <= 1280:
+        chunk = 256 if n % 256 == 0 or n % 128 else 128
+        chunks, num_warps, per_processor = cdiv(n, chunk), 1, 8
+    else:
+        num_warps = min(16, 2 * num_warps)
     blocks = cdiv(m, block_m)
-    share = cdiv(blocks, persistent_programs(device, blocks, 4 if small else 2))
-    return cdiv(blocks, max(share, 1)), share, block_m, chunk, 1, num_warps
+    share = cdiv(blocks, persistent_programs(device, blocks, per_processor))
+    return cdiv(blocks, max(share, 1)), share, block_m, chunk, chunks, num_warps

@@ -188,6 +188,12 @@ def _rotary_kernel(
     )  # fmt: skip
 
 
+def _heads_at_once(heads: int) -> int:
+    """Return how many heads a program turns at a time: of up to 16, such as 12, no more than are there."""
+    whole = next_power_of_two(heads)
+    return whole // 2 if heads < whole <= 16 and heads > 2 else whole
+
+
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -245,11 +251,11 @@ def rotate_into(
         INTERLEAVED=interleaved,
         ROUND=round_products,
         BACKWARD=backward,
-        BLOCK_Q=min(next_power_of_two(heads), most),
-        BLOCK_K=min(next_power_of_two(k.shape[1]), most),
+        BLOCK_Q=min(_heads_at_once(heads), most),
+        BLOCK_K=min(_heads_at_once(k.shape[1]), most),
         BLOCK_R=block_r,
         BLOCK_T=next_power_of_two(tail),
-        num_warps=4,
+        num_warps=1 if block_r >= 128 else 4,
         # LLVM narrows a rounded product of two bf16 numbers to bf16's own multiplication, which ptxas would contract
         # with the sum after it to one rounding: on an H100 22 % of the elements were another number than eager's.
         enable_fp_fusion=not round_products,

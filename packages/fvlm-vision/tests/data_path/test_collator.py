@@ -84,8 +84,11 @@ def test_resolution_changes_only_when_asked(parts, ask, picture):
     grown = FastVisionDataCollator(*parts, min_pixels=112 * 112)([sample])
     assert grown["image_grid_thw"].tolist() == [[1, 8, 8]]
     big = [{"role": "user", "content": [{"type": "image", "image": picture(300, 260)}]}, sample["messages"][1]]
-    shrunk = FastVisionDataCollator(*parts, resize=60)([{**sample, "messages": big}])
-    assert shrunk["image_grid_thw"].tolist() == [[1, 4, 4]]
+    for bound in ({"resize": 60}, {"max_pixels": 60 * 60}):
+        shrunk = FastVisionDataCollator(*parts, **bound)([{**sample, "messages": big}])
+        assert shrunk["image_grid_thw"].tolist() == [[1, 4, 4]]
+    with pytest.raises(DataError, match="300×260 pixels is over the limit of 77999"):
+        FastVisionDataCollator(*parts, max_image_pixels=77_999)([{**sample, "messages": big}])
     once = sample["messages"][0]["content"][0]["image"].resize((112, 112), Image.Resampling.BICUBIC)
     sample["messages"][0]["content"][0]["image"] = once
     assert torch.equal(grown["pixel_values"], stock(processor, [sample])["pixel_values"])  # resampled once

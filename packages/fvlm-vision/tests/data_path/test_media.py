@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fvlm_core.errors import ConfigError, DataError
+from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.fetch import FetchLimits
 from fvlm_vision.media import ImageReader
 
@@ -221,7 +222,7 @@ def address(picture) -> Iterator[str]:
     server.server_close()
 
 
-def test_urls_are_fetched_only_when_allowed_and_within_limits(address, picture):
+def test_urls_are_fetched_only_when_allowed_and_within_limits(address, picture, shared_model_of, processor_of):
     expected = np.asarray(picture(9, 9))
     np.testing.assert_array_equal(read(f"{address}/a.png", allow_urls=True), expected)
     np.testing.assert_array_equal(read({"url": f"{address}/moved"}, allow_urls=True), expected)
@@ -237,6 +238,15 @@ def test_urls_are_fetched_only_when_allowed_and_within_limits(address, picture):
             ImageReader(allow_urls=True, url_limits=limits).read(address + path)
     with pytest.raises(DataError, match="allow_urls"):
         ImageReader().read(f"{address}/a.png")
+    images = {"allow_urls": True, "url_limits": FetchLimits(max_bytes=100)}
+    sample = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": f"{address}/a.png"}]},
+            {"role": "assistant", "content": "42"},
+        ]
+    }
+    with pytest.raises(DataError, match="larger than 100 bytes"):
+        FastVisionDataCollator(shared_model_of("qwen2_vl"), processor_of("qwen2_vl"), **images)([sample])
     for refused in ({"max_bytes": 0}, {"seconds": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(refused))):
             FetchLimits(**refused)

@@ -221,6 +221,7 @@ def test_a_length_above_the_models_positions_is_warned_of(folder, caplog):
         {"load_in_4bit": "yes"},
         {"dtype": "int4"},
         {"trust_remote_code": 1},
+        {"device_map": "warp"},
         {"revision": "v2"},
         {"max_lora_rank": 0},
     ],

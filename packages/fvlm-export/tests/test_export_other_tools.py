@@ -1,4 +1,4 @@
-"""Adapters that other tools made: plain PEFT by paths and patterns, Unsloth's, with names of before transformers 4.52."""
+"""Adapters of other tools: plain PEFT by paths and patterns, Unsloth's, with names of before transformers 4.52."""
 
 from __future__ import annotations
 

@@ -95,6 +95,16 @@ def test_importing_is_quick_and_changes_nothing(module: str, tmp_path: Path) -> 
     assert fastest < 1
 
 
+def test_importing_the_kernels_takes_little_beyond_torch_and_triton(tmp_path: Path) -> None:
+    """They are made of the two, and their operators are registered as they are imported."""
+    code = "import sys, time, torch, triton; t = time.perf_counter(); before = set(sys.modules); import fvlm_kernels;"
+    code += "print(time.perf_counter() - t, {'numpy', 'transformers', 'peft'} & (set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    seconds, heavy = done.stdout.split(" ", 1)
+    assert float(seconds) < 1
+    assert heavy.strip() == "set()"
+
+
 @pytest.mark.parametrize("module", ["fvlm_core", "fvlm_export", "fvlm_vision"])
 def test_public_names_resolve_and_unknown_ones_do_not(module: str) -> None:
     package = __import__(module)

@@ -46,6 +46,34 @@ def test_a_layer_is_not_replayed_while_a_later_hook_is_on_it(model):
     assert graphs.replayed == replayed + 2 * graphs.recorded - 1
 
 
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_a_hook_on_an_adapters_gradient_acts_once(model, mode):
+    """A recording reads the adapter's memory and not the parameter, on which DDP and others hang things."""
+    batch = without_mask(make_batch(model.config))
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad and "language" in n)
+    expected = step(model, batch)[1][name]
+    parameter.register_hook(lambda gradient: gradient * 2)
+    graphs = recorded(model, mode)
+    for _ in range(3):
+        torch.testing.assert_close(step(model, batch)[1][name], 2 * expected, rtol=1e-4, atol=1e-7)
+    assert graphs.replayed > graphs.recorded > 0
+
+
+@pytest.mark.gpu
+def test_nodes_that_others_hold_of_an_adapter_do_not_keep_layers_from_being_recorded(tiny):
+    """DDP holds them; they belong to the default stream, which no recording may wait for."""
+    model = adapted_model(tiny("qwen2_vl"), device="cuda")
+    fuse_model(model)
+    held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in model.parameters() if p.requires_grad]
+    batch = {name: value.cuda() for name, value in without_mask(make_batch(model.config)).items()}
+    graphs = recorded(model)
+    for _ in range(3):
+        step(model, batch)
+    assert held
+    assert not graphs._off
+    assert graphs.replayed > graphs.recorded > 0
+
+
 def test_hidden_states_asked_for_between_two_steps(model):
     """Transformers collects them by hooks, and leaves those behind."""
     batch = without_mask(make_batch(model.config))

@@ -195,7 +195,8 @@ def on_gpus(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     pairs = zip(trained(trainer.model), starting(trainer.model), strict=True)
     moved = torch.cat([(parameter.detach().cpu() - value).flatten() for parameter, value in pairs])
     flat = trainer._flat is not None
-    return found(trainer, recorded=running.recorded, replayed=running.replayed, devices=devices, flat=flat, moved=moved)
+    counts = {"recorded": running.recorded, "replayed": running.replayed, "off": running._off}
+    return found(trainer, **counts, devices=devices, flat=flat, moved=moved)
 
 
 def skipped(checkpoint: Path, scratch: Path) -> dict[str, Any]:

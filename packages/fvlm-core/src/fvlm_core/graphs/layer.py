@@ -52,8 +52,7 @@ class RecordedLayer:
         self._copies: dict[int, Tensor] = {}
         self._sources: list[Tensor] = []
         self._substitutes: dict[nn.Module, Adapted] = {}
-        if autocast is not None:
-            self._copy_adapters(autocast, copies)
+        self._own_adapters(autocast, copies)
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
         if self.trained:
@@ -70,15 +69,20 @@ class RecordedLayer:
         self._sizes = [p.numel() for p in self.trained]
         self._released = False
 
-    def _copy_adapters(self, dtype: torch.dtype, copies: Copies) -> None:
+    def _own_adapters(self, dtype: Autocast, copies: Copies) -> None:
+        """Read adapters through leaves of the layer's own: copies in autocast's dtype, else the same memory."""
+        # On the parameters hang hooks, and nodes that DDP holds on the default stream, which no recording may wait for.
         for linear, one in self.state.pairs():
             a, b = one.layer.a, one.layer.b
-            if a is None or b is None or a.dtype == dtype:
+            if a is None or b is None:
                 continue
-            cast_a, cast_b = copies.of(a, dtype), copies.of(b, dtype)
-            self._copies |= {id(a): cast_a, id(b): cast_b}
-            self._sources += [a, b]
-            layer = LoRALinear(one.layer.base, cast_a, cast_b, one.layer.scaling, one.layer.bias, one.layer.dropout)
+            if dtype is None or a.dtype == dtype:
+                own_a, own_b = (p.detach().requires_grad_(p.requires_grad) for p in (a, b))
+            else:
+                own_a, own_b = copies.of(a, dtype), copies.of(b, dtype)
+                self._sources += [a, b]
+            self._copies |= {id(a): own_a, id(b): own_b}
+            layer = LoRALinear(one.layer.base, own_a, own_b, one.layer.scaling, one.layer.bias, one.layer.dropout)
             self._substitutes[linear] = Adapted(layer, one.compute_dtype, one.holds)
 
     @contextmanager
@@ -91,7 +95,7 @@ class RecordedLayer:
             yield
 
     def _refresh(self) -> None:
-        if self._copies:
+        if self._sources:
             with torch.no_grad():
                 torch._foreach_copy_([self._copies[id(p)] for p in self._sources], self._sources)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from trl import SFTConfig
@@ -54,6 +56,19 @@ def test_sharding_by_the_arguments_is_refused(tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, fsdp=True)
     with pytest.raises(ConfigError, match="fsdp splits the weights among processes"):
         own_copy(args)
+
+
+def test_each_way_to_shard_is_refused_by_its_name_with_what_to_do(args):
+    refused = {"fsdp": ["full_shard", "auto_wrap"], "deepspeed": {"zero_optimization": {"stage": 3}}}
+    for name, value in {**refused, "parallelism_config": object()}.items():
+        asking = copy.copy(args)
+        setattr(asking, name, value)  # as SFTConfig would hold it; it asks for the package itself
+        with pytest.raises(ConfigError) as raised:
+            own_copy(asking)
+        message = str(raised.value)
+        assert message.startswith(f"{name} splits the weights among processes, which FVLM does not do: leave it out")
+        assert "device_map='balanced'" in message
+        assert "\n" not in message
 
 
 def test_arguments_that_miss_other_processes_are_refused(args, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 
 from fvlm_core.errors import ExportError
 from fvlm_export import build, read_report, save_pretrained_merged, write
-from fvlm_export.safetensor_file import sha256_of
+from fvlm_export.safetensor_file import SafetensorFile, sha256_of
 from fvlm_export.safetensor_writer import SafetensorWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -128,6 +128,26 @@ def test_no_more_tensors_are_at_work_than_a_shard_holds(
     monkeypatch.setattr(build, "lanes_for", lambda plan: found.append(write.lanes_for(plan)) or found[-1])
     save_pretrained_merged(tmp_path / "adapter", tmp_path / "out", base=base, progress=False, max_shard_size=size)
     assert found == [lanes]
+
+
+@pytest.mark.parametrize("limit", [1_200_000, 700_000, 300_000, 100_000, 1])
+def test_shards_are_as_few_as_the_limit_allows_and_about_as_large(
+    tools: Any, adapter: Path, tmp_path: Path, limit: int
+) -> None:
+    base = tools.checkpoint()
+    out = save_pretrained_merged(adapter, tmp_path / "out", base=base, progress=False, max_shard_size=limit)
+    sizes = [info.nbytes for info in SafetensorFile(base / "model.safetensors").infos.values()]
+    held = [[info.nbytes for info in SafetensorFile(path).infos.values()] for path in sorted(out.glob("*.safetensors"))]
+    assert [size for shard in held for size in shard] == sizes, "in the base's order"
+    assert all(sum(shard) <= limit or len(shard) == 1 for shard in held)
+    fewest, room = 0, 0
+    for size in sizes:  # filling each shard as far as it goes needs no more than any other way
+        fewest, room = (fewest, room - size) if size <= room else (fewest + 1, limit - size)
+    assert len(held) == fewest
+    largest, average = max(map(sum, held)), sum(sizes) / len(held)
+    assert largest <= max(average + max(sizes), max(sizes))
+    if limit == 1_200_000:
+        assert largest - min(map(sum, held)) < max(sizes), "three, none of them a remainder"
 
 
 @pytest.mark.parametrize("replaced", [True, False])

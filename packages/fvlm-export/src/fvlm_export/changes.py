@@ -18,8 +18,9 @@ from typing import Protocol
 
 import torch
 
-# Elements of a block: fp32 temporaries that stay in a core's cache; on a GPU, enough to keep it busy
-_CPU_BLOCK, _GPU_BLOCK = 1 << 19, 1 << 25
+# Elements of a block for each thread: fp32 temporaries that stay in a cache, and so few calls that threads which share
+# an interpreter seldom wait for each other; on a GPU, enough to keep it busy
+_CPU_BLOCK, _GPU_BLOCK = 1 << 21, 1 << 25
 
 
 class Change(Protocol):
@@ -84,9 +85,18 @@ class LowRank:
         scaled: torch.Tensor = product.reshape(like.shape) * self.scaling
         return scaled
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is LoRA on a linear layer, which needs one pass instead of three."""
+        return self.form is Form.LINEAR and self.magnitude is None
+
+    def add_to(self, value: torch.Tensor) -> torch.Tensor:
+        """Change a value in place, if the change is plain."""
+        return value.addmm_(self.b.detach().to(value), self.a.detach().to(value), alpha=self.scaling)
+
     def apply(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the changed value."""
-        if self.form is Form.LINEAR and self.magnitude is None:  # nearly always; one pass instead of three
+        if self.is_plain:
             return torch.addmm(value, self.b.detach().to(value), self.a.detach().to(value), alpha=self.scaling)
         delta = self.delta(base)
         if self.magnitude is None:
@@ -180,6 +190,8 @@ def merge(base: torch.Tensor, changes: Sequence[Change], compute: torch.dtype) -
         The merged parameter in ``compute``, on the base's device.
     """
     first = base.to(compute)
+    if len(changes) == 1 and first is not base and isinstance(changes[0], LowRank) and changes[0].is_plain:
+        return changes[0].add_to(first)  # nearly always; the copy is ours
     value = first
     for change in changes:
         value = change.apply(value, first)

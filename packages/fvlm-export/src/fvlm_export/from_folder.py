@@ -24,7 +24,8 @@ from fvlm_export.record import Training
 from fvlm_export.remote import Shard, commit_of, open_shards
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.skeleton import skeleton_of
-from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype
+from fvlm_export.staging import warm_up
+from fvlm_export.task import DEQUANTIZED, LIVE, ORIGINAL, Task, config_dtype, device_for_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,6 +57,7 @@ def task_from_folder(
     """
     if base is not None and str(base) == LIVE:
         raise ConfigError("base='live' needs the live model; pass it, or leave base out.")
+    warm_up(device_for_files())
     dequantized = base is not None and str(base) == DEQUANTIZED
     base = None if dequantized else base
     folders = _adapter_folders(folder, adapters)

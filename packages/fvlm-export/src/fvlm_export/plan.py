@@ -166,15 +166,27 @@ def _outputs(values: list[TensorInfo], slot: Slot, quantize: frozenset[str]) -> 
 
 
 def _shards(items: list[Item], limit: int) -> Iterable[tuple[Item, ...]]:
-    shard: list[Item] = []
-    size = 0
-    for item in items:
-        if shard and size + item.nbytes > limit:
-            yield tuple(shard)
-            shard, size = [], 0
-        shard.append(item)
-        size += item.nbytes
-    yield tuple(shard)
+    """Cut items into as few shards as the limit allows, all about as large: they are written side by side."""
+    sizes = [item.nbytes for item in items]
+    count, low, high = len(_cut(sizes, limit)), 1, limit
+    while low < high:  # the lowest limit that needs no more shards
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(sizes, middle)) <= count else (middle + 1, high)
+    begin = 0
+    for end in _cut(sizes, high):
+        yield tuple(items[begin:end])
+        begin = end
+
+
+def _cut(sizes: list[int], limit: int) -> list[int]:
+    """Return where shards end that are filled in order up to a limit; what is larger than that gets its own."""
+    ends, size = [], 0
+    for number, more in enumerate(sizes):
+        if number and size + more > limit:
+            ends.append(number)
+            size = 0
+        size += more
+    return [*ends, len(sizes)]
 
 
 def _settle_ties(base: Base, changes: Mapping[str, list[Change]]) -> tuple[dict[str, list[Change]], dict[str, str]]:

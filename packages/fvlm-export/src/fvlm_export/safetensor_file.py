@@ -35,7 +35,7 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
-PIECE = 1 << 22  # bytes read at once where a tensor is read piece by piece
+PIECE = 1 << 23  # bytes read at once where a tensor is read piece by piece
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,6 +17,19 @@ from fvlm_export.remote import Shard
 from fvlm_export.safetensor_file import PIECE, Buffers, as_bytes
 
 _LOCKED_AT_MOST = 1 << 29  # of memory that the system cannot take back
+
+
+def warm_up(device: torch.device) -> None:
+    """Have a GPU made ready in the background; what goes wrong there will go wrong again where it can be said."""
+    if device.type == "cuda":
+        with_it = ThreadPoolExecutor(1)
+        with_it.submit(_multiply_there, device)
+        with_it.shutdown(wait=False)
+
+
+def _multiply_there(device: torch.device) -> None:
+    for dtype in (torch.float32, torch.float64):
+        torch.zeros((16, 16), dtype=dtype, device=device).mm(torch.zeros((16, 16), dtype=dtype, device=device))
 
 
 class Scratch:

@@ -60,9 +60,12 @@ class Task:
         """Where the arithmetic is done."""
         if self.live is not None:
             return torch.device("cpu") if self.live.base.device.type == "meta" else self.live.base.device
-        if torch.cuda.is_available():  # by its number: other threads have another current one
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        return device_for_files()
+
+
+def device_for_files() -> torch.device:
+    """Return where files are merged: the current GPU, by its number since other threads have another, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def config_dtype(config: dict[str, Any], default: torch.dtype) -> torch.dtype:

@@ -215,3 +215,18 @@ def test_text_attention_gets_the_arguments_that_stock_gives_it(model, batch, mon
     model(**batch)
     assert len(seen) == config.num_hidden_layers
     assert seen == stock
+
+
+@pytest.mark.parametrize("family", ["pixtral", "mistral3", "gemma3"])
+def test_the_places_and_sizes_of_images_may_be_given(family, model, batch):
+    """They stand in the place of what stock asks the device for; numbers that do not fit are an error, not a guess."""
+    stock = step(model, batch)
+    fuse_model(model)
+    rows = (batch["input_ids"] == model.config.image_token_id).flatten().nonzero().squeeze(1)
+    sizes = {"media_sizes": batch["image_sizes"].tolist()} if "image_sizes" in batch else {}
+    assert_same_step(step(model, {**batch, "media_rows": rows, **sizes}), stock)
+    assert step(model, {**batch, "media_rows": rows.flip(0), **sizes})[0] != stock[0]
+    with pytest.raises((IndexError, RuntimeError)):
+        model(**batch, media_rows=rows[1:], **sizes)
+    model.eval()
+    torch.testing.assert_close(model(**batch, media_rows=rows, **sizes).loss, stock[0])

@@ -78,6 +78,7 @@ def on_small_disk(scenario: Scenario, tmp_path: Path, adapter: Path, base: Path)
 def earlier(disk: Path) -> Path:
     """An older output, which must outlive what goes wrong."""
     (disk / "out").mkdir()
+    (disk / "out" / "config.json").write_bytes(b"{}")
     (disk / "out" / "model.safetensors").write_bytes(b"old")
     return disk / "out"
 
@@ -147,9 +148,17 @@ def read_only(disk: Path, adapter: Path, base: Path) -> None:
 @pytest.mark.parametrize(
     ("scenario", "sentence", "left"),
     [
-        (too_small, "GB free and the result needs", ["mine", "out/model.safetensors"]),
-        (fills_up, "cannot be written (No space left on device); nothing was left", ["mine", "out/model.safetensors"]),
-        (read_only, "cannot be written (Read-only file system); nothing was left", ["out/model.safetensors"]),
+        (too_small, "GB free and the result needs", ["mine", "out/config.json", "out/model.safetensors"]),
+        (
+            fills_up,
+            "cannot be written (No space left on device); nothing was left",
+            ["mine", "out/config.json", "out/model.safetensors"],
+        ),
+        (
+            read_only,
+            "cannot be written (Read-only file system); nothing was left",
+            ["out/config.json", "out/model.safetensors"],
+        ),
     ],
 )
 def test_what_cannot_be_written_is_said_and_leaves_the_old_output(

@@ -166,7 +166,7 @@ def _base_of(
     if not folders:
         return find_source(folder, None, token)
     config = read_adapter_config(folder)
-    if not config.base_model_name_or_path:
+    if not config.base_model_name_or_path or not isinstance(config.base_model_name_or_path, str):
         raise ConfigError(f"{folder / 'adapter_config.json'} does not name its base; pass base=.")
     try:
         return find_source(config.base_model_name_or_path, config.revision, token)

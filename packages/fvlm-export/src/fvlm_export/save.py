@@ -57,7 +57,8 @@ def save_pretrained_merged(
         dtype: of all floating-point weights; None: as in the base.
         verify: prove the result before it appears.
         progress: show a progress bar.
-        overwrite: replace an existing output folder.
+        overwrite: replace an existing output folder with all that is in it, if it holds a model or an adapter, and
+            neither the current folder nor what is merged.
         adapters: which adapters, with their weights: names in a live model, else folders (beside the first argument).
             None: the active ones of a live model, or the one folder, with weight 1.
         token: for a base on the Hub; it is never stored.
@@ -78,7 +79,7 @@ def save_pretrained_merged(
     training = Training(data, metrics or {})
     size, floats = parse_size(max_shard_size), parse_dtype(dtype)
     output = Path(output_dir).expanduser().absolute()
-    with WorkFolder(output, overwrite=overwrite) as work:
+    with WorkFolder(output, overwrite=overwrite, reads=job.reads()) as work:
         options = Options(save_method, size, floats, verify, progress, training, durable=work.replaces)
         job.run(work.path, output.name, options)
         work.publish()
@@ -112,6 +113,13 @@ class Job:
             raise ConfigError("save_method='lora' saves the active adapter as it is; leave base= and adapters= out.")
         self._model, self._processor, self._method = model, processor, save_method
         self._base, self._adapters, self._token, self._trust = base, adapters, token, trust_remote_code
+
+    def reads(self) -> list[str | os.PathLike[str]]:
+        """Return the folders that it reads, and the names that could be folders."""
+        named = [self._model, self._base, *(self._adapters or ())]
+        return [
+            name for name in named if isinstance(name, os.PathLike) or (isinstance(name, str) and Path(name).exists())
+        ]
 
     def run(self, folder: Path, title: str, options: Options, sink: Callable[[Path, str], None] | None = None) -> None:
         """Write everything into a work folder; see :func:`fvlm_export.build.build`."""

@@ -18,10 +18,12 @@ import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO, TypeGuard
 
+from fvlm_core.checkpoint import ADAPTER_CONFIG, CONFIG
 from fvlm_core.errors import ConfigError, ExportError
 from fvlm_export.remote import UnreachableError
 from fvlm_export.resume import keep_finished
@@ -41,8 +43,10 @@ class WorkFolder:
 
     Args:
         output: where the result goes.
-        overwrite: whether an existing output may be replaced.
+        overwrite: whether an existing output may be replaced: a folder with a model or an adapter in it, in which
+            neither the process nor what is read stands.
         resumable: whether finished shards stay where a run was broken off.
+        reads: folders that the result is made of.
 
     Attributes:
         replaces: whether there is an older output that the result will take the place of.
@@ -52,7 +56,9 @@ class WorkFolder:
         ExportError: the folder cannot be made.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool, resumable: bool = True) -> None:
+    def __init__(
+        self, output: Path, *, overwrite: bool, resumable: bool = True, reads: Iterable[str | os.PathLike[str]] = ()
+    ) -> None:
         self.output, self._resumable = output, resumable
         self._lock: TextIO
         self.path = output.parent / f".{output.name}.unfinished"
@@ -61,6 +67,8 @@ class WorkFolder:
         self.replaces = output.is_dir() and any(output.iterdir())
         if self.replaces and not overwrite:
             raise ConfigError(f"output_dir={str(output)!r} is not empty; pass overwrite=True to replace it.")
+        if self.replaces:
+            _check_replaceable(output, reads)
 
     def __enter__(self) -> WorkFolder:
         try:
@@ -104,6 +112,20 @@ class WorkFolder:
             _to_disk(path)  # or a loss of power could leave neither the old output nor a whole new one
         _exchange(self.path, self.output)  # what was the output is now the work folder, and goes with it
         _to_disk(self.output.parent)
+
+
+def _check_replaceable(output: Path, reads: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse to replace, which is to delete, what can hardly be meant."""
+    place = output.resolve()
+    if Path.cwd().is_relative_to(place):
+        raise ConfigError(f"output_dir={str(output)!r} is or holds the current folder; name another.")
+    for path in reads:
+        if Path(path).expanduser().resolve().is_relative_to(place):
+            raise ConfigError(f"output_dir={str(output)!r} is or holds {str(path)!r}, which is read; name another.")
+    if not any((output / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+        raise ConfigError(
+            f"output_dir={str(output)!r} holds no model that overwrite=True could replace; name another, or empty it."
+        )
 
 
 def _to_disk(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fvlm_cli.config.overrides import dot_list
 from fvlm_cli.config.read import read_config
@@ -44,6 +45,34 @@ def test_interpolation_of_keys_and_environment(tmp_path: Path, monkeypatch: pyte
     assert config.model.token == "hf_secret"
     assert "hf_secret" not in repr(config)
     assert "token" not in config.model_dump()["model"]
+
+
+def test_a_saved_config_that_refers_to_the_token_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = BASE + "train: {extra: {project: '${model.token}'}}\n"
+    config = read_config(write(tmp_path, text), ["model.token=hf_literal"])
+    assert config.train.extra["project"] == "hf_literal"
+    saved = config.to_save()
+    assert "hf_literal" not in repr(saved)
+    path = tmp_path / "saved.yaml"
+    path.write_text(yaml.safe_dump(saved), encoding="utf-8")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert read_config(path).model.token is None
+    monkeypatch.setenv("HF_TOKEN", "hf_later")
+    assert read_config(path).train.extra["project"] == "hf_later"
+    assert config.references("train") == {"project": "${model.token}"}
+
+
+def test_what_a_checkpoint_depends_on_is_saved_unless_it_leads_to_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_BASE", "owner/model")
+    monkeypatch.setenv("MY_KEY", "hf_secret")
+    text = "model: {name: '${oc.env:MY_BASE}', revision: '${train.run_name}'}\ndata: {train: train.jsonl}\n"
+    text += "train: {run_name: 'a-${oc.env:MY_KEY}'}\n"
+    saved = read_config(write(tmp_path, text), ["lora.init_lora_weights=${model.token}", "model.token=abc"]).to_save()
+    assert saved["model"]["name"] == "owner/model"
+    assert saved["model"]["revision"] == "${train.run_name}"
+    assert saved["lora"]["init_lora_weights"] == "${model.token}"
 
 
 def test_missing_environment_variable_is_named(tmp_path: Path) -> None:

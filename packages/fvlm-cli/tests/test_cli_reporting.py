@@ -21,7 +21,9 @@ class SummaryWriter:
     def add_scalar(self, name, value, step):
         with open(self.path, "a") as file:
             file.write(json.dumps([name, float(value), step]) + "\\n")
-    def add_text(self, *_): pass
+    def add_text(self, *words):
+        with open(self.path + ".text", "a") as file:
+            file.write(repr(words))
     def add_hparams(self, *_): pass
     def flush(self): pass
     def close(self): pass
@@ -29,7 +31,9 @@ class SummaryWriter:
 CONFIG = """
 model: {name: base, precision: 16bit, token: "${oc.env:HF_TOKEN}"}
 lora: {r: 2}
-data: {train: "${oc.env:WHERE}/train.jsonl", limit: 2, caption_prompt: "${train.run_name} ${oc.env:UNNAMED}"}
+data:
+  {train: "${oc.env:WHERE}/train.jsonl", limit: 2,
+   caption_prompt: "${train.run_name} ${oc.env:UNNAMED} ${model.token}"}
 train:
   {max_steps: 2, per_device_train_batch_size: 1, gradient_accumulation_steps: 1, warmup_steps: 0,
    run_name: "run-${oc.env:MY_API_KEY}"}  # its name says what it is; WHERE's does not
@@ -83,11 +87,15 @@ def test_a_run_reports_and_writes_no_secret(fvlm, workplace: Path, monkeypatch: 
     saved = yaml.safe_load((workplace / "reported/config.yaml").read_text())
     assert saved["train"]["run_name"] == "run-${oc.env:MY_API_KEY}"
     assert saved["data"]["train"] == "${oc.env:WHERE}/train.jsonl"
-    assert saved["data"]["caption_prompt"] == "${train.run_name} ${oc.env:UNNAMED}"
-    assert "token" not in saved["model"]
+    assert saved["data"]["caption_prompt"] == "${train.run_name} ${oc.env:UNNAMED} ${model.token}"
+    assert saved["model"]["token"] == "${oc.env:HF_TOKEN,null}"  # for caption_prompt refers to it
     again = read_config(workplace / "reported/config.yaml")
     assert again.train.run_name == "run-nobodymayreadthiseither"
-    own = [path for path in (workplace / "reported").rglob("*") if path.is_file() and path.name != "training_args.bin"]
-    for path in own:
+    assert again.data.caption_prompt == "run-nobodymayreadthiseither nobodymayreadthis hf_nobodymayreadthis"
+    own = [path for path in (workplace / "reported").rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in own)
+    arguments = (workplace / "scalars.jsonl.text").read_text()
+    assert "max_steps" in arguments, "trackers are told the arguments"
+    for path in (*own, workplace / "scalars.jsonl.text"):
         assert b"nobodymayreadthis" not in path.read_bytes(), path
     assert "nobodymayread" not in done.stdout + done.stderr

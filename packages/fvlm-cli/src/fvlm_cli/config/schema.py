@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from fvlm_cli.config.secrets import Place, hide
+from fvlm_cli.config.secrets import Place, hide, token_reference
 
 MergeMethod = Literal["merged_16bit", "merged_4bit", "lora"]
 
@@ -68,14 +68,14 @@ class LoraSection(Section):
     modules_to_save: list[str] | None = Field(
         default=None, description="Modules trained in full and saved with the adapter."
     )
-    r: int = Field(default=16, ge=1, description="Rank.")
+    r: int = Field(default=16, ge=1, le=65_536, description="Rank.")
     alpha: float = Field(default=16, gt=0, description="The adapter is scaled by alpha / r.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
     bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained.")
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead.")
     use_dora: bool = Field(default=False, description="Weight-decomposed adapters.")
     init_lora_weights: bool | str | None = Field(default=None, description="As in PEFT: gaussian, pissa, olora, …")
-    random_state: int = Field(default=3407, ge=0, description="Seed of the adapters' initial weights.")
+    random_state: int = Field(default=3407, ge=0, le=2**32 - 1, description="Seed of the adapters' initial weights.")
 
 
 class SourceSection(Section):
@@ -167,8 +167,8 @@ class DataSection(Section):
 class TrainSection(Section):
     """How it is trained: the names are TRL's."""
 
-    per_device_train_batch_size: int = Field(default=2, ge=1, description="Samples a step and device.")
-    per_device_eval_batch_size: int = Field(default=2, ge=1, description="The same in evaluation.")
+    per_device_train_batch_size: int = Field(default=2, ge=1, le=1_000_000, description="Samples a step and device.")
+    per_device_eval_batch_size: int = Field(default=2, ge=1, le=1_000_000, description="The same in evaluation.")
     gradient_accumulation_steps: int = Field(default=4, ge=1, description="Batches that make one optimizer step.")
     num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the data, unless max_steps is given.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
@@ -187,7 +187,7 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.01, ge=0, description="Of the optimizer.")
     optim: str = Field(default="adamw_torch", description="As in transformers: adamw_torch, adamw_8bit, …")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    seed: int = Field(default=3407, ge=0, description="Of the order of the data and of dropout.")
+    seed: int = Field(default=3407, ge=0, le=2**32 - 1, description="Of the order of the data and of dropout.")
     logging_steps: int = Field(default=1, ge=1, description="Steps between reports of the loss.")
     eval_steps: int | None = Field(
         default=None, ge=1, description="Steps between evaluations. Default: after each epoch."
@@ -255,7 +255,25 @@ class TrainConfig(Section):
         self._secrets = secrets
 
     def to_save(self) -> dict[str, Any]:
-        """Return every key, defaults included, with secrets as they were written, and without the token."""
+        """Return every key, defaults included, with secrets as they were written, and without the token.
+
+        Where another key refers to the token, its place holds a reference to the environment, to be read again.
+        """
         plain = self.model_dump(mode="json")
         hide(plain, self._secrets)
+        if (token := token_reference(self._secrets)) is not None:
+            plain["model"]["token"] = token
         return plain
+
+    def references(self, section: str) -> dict[str, Any]:
+        """Return the keys of a section, those of its `extra` too, that were written as references to others.
+
+        Returns:
+            What was written, by name; those that stand for numbers are not among them, since they hold no secret.
+        """
+        plain, written = (self.model_dump(mode="json")[section], self.to_save()[section])
+        found = {}
+        for holder, names in ((plain, written), (plain.get("extra") or {}, written.get("extra") or {})):
+            changed = {name: value for name, value in names.items() if name != "extra" and value != holder.get(name)}
+            found.update({name: value for name, value in changed.items() if not isinstance(holder[name], int | float)})
+        return found

@@ -8,12 +8,15 @@ is a secret. PEFT writes the same into the adapter's own config.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _SECRET = re.compile(r"\$\{oc\.env:[^}]*?(TOKEN|KEY|SECRET|PASSW)", re.IGNORECASE)
 
+_KEY = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
+
 Place = tuple[str | int, ...]
+TOKEN: Place = ("model", "token")
 
 # What must stay the same for a checkpoint to fit: these keys are compared when a run is resumed.
 FIXED = (("model", "name"), ("model", "revision"), ("model", "precision"), ("lora",))
@@ -25,12 +28,36 @@ def secrets_of(written: Any) -> dict[Place, str]:
     Args:
         written: the config, interpolations unresolved.
     """
-    return {place: text for place, text in _texts(written, ()) if "${" in text and _hidden(place, text)}
+    texts = dict(_texts(written, ()))
+    return {place: text for place, text in texts.items() if "${" in text and _hidden(place, text, texts)}
 
 
-def _hidden(place: Place, text: str) -> bool:
+def token_reference(secrets: dict[Place, str]) -> str | None:
+    """Return what a saved config says in the place of `model.token`: nothing, unless another key refers to it.
+
+    The variable may be missing where the config is read again.
+    """
+    if not any(place != TOKEN and "${model.token}" in text for place, text in secrets.items()):
+        return None
+    variable = re.match(r"\$\{oc\.env:(\w+)", secrets.get(TOKEN, ""))
+    return f"${{oc.env:{variable[1] if variable else 'HF_TOKEN'},null}}"
+
+
+def _hidden(place: Place, text: str, texts: Mapping[Place, str]) -> bool:
     fixed = any(place[: len(key)] == key for key in FIXED)
-    return not fixed or _SECRET.search(text) is not None
+    return not fixed or _leads_to_secret(text, texts, frozenset())
+
+
+def _leads_to_secret(text: str, texts: Mapping[Place, str], passed: frozenset[Place]) -> bool:
+    if _SECRET.search(text):
+        return True
+    for name in _KEY.findall(text):
+        place: Place = tuple(name.split("."))
+        if place == TOKEN:
+            return True
+        if place in texts and place not in passed and _leads_to_secret(texts[place], texts, passed | {place}):
+            return True
+    return False
 
 
 def hide(plain: Any, secrets: dict[Place, str]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trl import SFTConfig
 
 from fvlm_cli.config.nearest import hint
 from fvlm_cli.config.schema import TrainConfig, TrainSection
 from fvlm_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
-
     from fvlm_core.arch import Tower
 
 TOWERS: tuple[Tower, ...] = ("vision", "projector", "language")
@@ -29,7 +30,27 @@ _SETTLED = frozenset(
 )  # fmt: skip
 
 
-def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> SFTConfig:
+class RunArguments(SFTConfig):
+    """Arguments that tell trackers and files what the config said where it referred to the environment or another key.
+
+    Attributes:
+        written: the names of those arguments, and what was written.
+    """
+
+    written: ClassVar[dict[str, Any]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments, as trackers log them."""
+        return {**super().to_dict(), **self.written}  # type: ignore[no-untyped-call]
+
+    def without_secrets(self) -> RunArguments:
+        """Return a copy for a file."""
+        told = copy.copy(self)
+        vars(told).update(self.written)
+        return told
+
+
+def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> RunArguments:
     """Return the trainer's arguments.
 
     Args:
@@ -42,7 +63,6 @@ def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) 
             refuses a value.
     """
     import torch
-    from trl import SFTConfig
 
     train = config.train
     known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
@@ -69,9 +89,11 @@ def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             arguments["use_cpu"] = True  # accelerate looks for other processes on a CPU only where it is told to
     try:
-        return SFTConfig(**{**arguments, **train.extra})
+        made = RunArguments(**{**arguments, **train.extra})
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"the train section cannot be used: {' '.join(str(error).split())}") from None
+    vars(made)["written"] = config.references("train")
+    return made
 
 
 def _check_extra(train: TrainSection, known: set[str]) -> None:

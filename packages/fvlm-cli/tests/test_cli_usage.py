@@ -18,7 +18,7 @@ WRONG = [
     (("train", "c.yaml", "--nproc=0"), "train: --nproc is '0'; give a whole number, 1 or more."),
     (
         ("infer", "m", "--max-new-tokens", "1e400"),
-        "infer: --max-new-tokens is '1e400'; give a whole number, 1 or more.",
+        "infer: --max-new-tokens is '1e400'; give a whole number from 1 to 1000000.",
     ),
     (("infer", "m", "--temperature", "-1"), "infer: --temperature is '-1'; give a number, 0.0 or more."),
     (("infer", "m", "--top-p", "3"), "infer: --top-p is '3'; give a number from 0.0 to 1.0."),

@@ -23,9 +23,10 @@ class Exit(IntEnum):
 
 
 # Other errors that mean one of these: what the file system, the device and the network say.
-HANDLED = (FvlmError, OSError, MemoryError, RuntimeError)
+HANDLED = (FvlmError, OSError, MemoryError, RuntimeError, UnicodeEncodeError)
 
 _REMOTE = {"huggingface_hub.errors": ("HfHubHTTPError", "LocalTokenNotFoundError"), "httpx": ("HTTPError",)}
+_LONG = 300
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -39,10 +40,16 @@ def judge(error: BaseException) -> tuple[Exit, str] | None:
     if _is_remote(error):
         return Exit.REMOTE, f"the Hub did not do it: {_sentence(str(error))}"
     if isinstance(error, OSError) and error.errno is not None:
-        code = Exit.RESOURCES if error.errno in _NO_ROOM else Exit.DATA
         place = f"{error.filename}: " if error.filename else ""
-        return code, f"{place}{error.strerror}."
+        return _of_system(error.errno), _sentence(f"{place}{error.strerror}.")
+    if isinstance(error, UnicodeEncodeError):
+        wrong = error.object[error.start : error.end]
+        return Exit.DATA, f"{wrong!r} in a name or a text is not UTF-8, so it cannot be written; rename or rewrite it."
     return None
+
+
+def _of_system(number: int) -> Exit:
+    return Exit.RESOURCES if number in _NO_ROOM else Exit.DATA
 
 
 def _kind(error: FvlmError) -> Exit:
@@ -54,8 +61,8 @@ def _kind(error: FvlmError) -> Exit:
     if isinstance(error, MissingExtraError | ResourceError):
         return Exit.RESOURCES
     if isinstance(error, ExportError):
-        no_room = any(isinstance(cause, OSError) and cause.errno in _NO_ROOM for cause in causes)
-        return Exit.RESOURCES if no_room else Exit.FAILED
+        numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
+        return _of_system(numbers[0]) if numbers else Exit.FAILED
     return Exit.USAGE
 
 
@@ -85,4 +92,7 @@ def _is_remote(error: BaseException) -> bool:
 
 
 def _sentence(text: str) -> str:
-    return " ".join(text.split())
+    """Return a text in one line, without the middle of what is too long to be read."""
+    return " ".join(
+        word if len(word) <= _LONG else f"{word[: _LONG // 2]}…{word[-_LONG // 4 :]}" for word in text.split()
+    )

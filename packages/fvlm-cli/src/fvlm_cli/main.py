@@ -28,7 +28,7 @@ from fvlm_cli.commands.report import report
 from fvlm_cli.commands.train import train
 from fvlm_cli.commands.version import version
 from fvlm_cli.exits import Exit
-from fvlm_cli.output import Output, flush, leave_quietly
+from fvlm_cli.output import Output, flush, leave_quietly, print_anything
 from fvlm_cli.usage import UsageError, asks_for, explain_usage, unknown_verb
 from fvlm_cli.verb import verb
 from fvlm_core.errors import ConfigError
@@ -44,6 +44,7 @@ class Verbs(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         out = Output(json=asks_for("--json", words), debug=asks_for("--debug", words))
         hook, sys.excepthook = sys.excepthook, partial(_report_bug, out)
+        print_anything()
         named["standalone_mode"] = False  # errors come here instead of becoming a box on stderr
         try:
             code = super().main(args if words else ["--help"], *rest, **named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -58,7 +59,7 @@ class Output:
         if not self.json or self._machine is not None or stdout is not sys.__stdout__ or stdout is None:
             return  # somebody who calls this from Python has put a stdout of their own there
         stdout.flush()
-        Output._machine = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        Output._machine = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
         os.dup2(2, 1)
 
     def _print_json(self, data: Mapping[str, Any]) -> None:
@@ -91,6 +92,12 @@ class Output:
             logger.propagate = False
         if not self.debug:  # on some CPUs it warns of a package for decoding that nothing here needs
             logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def print_anything() -> None:
+    """Let what stdout's encoding lacks, or what is no text, be printed as an escape instead of ending in an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def flush() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from fvlm_core.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = "model{variant}.safetensors"

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from fvlm_core.checkpoint import Source, check_weights, find_source, read_config
+from fvlm_core.checkpoint import GENERATION_CONFIG, Source, check_weights, find_source, read_config
 from fvlm_core.checkpointing import use_graphs
 from fvlm_core.errors import CheckpointError, ConfigError
 from fvlm_core.fused import fuse_model
@@ -204,6 +204,7 @@ def _read_weights(source: Source, config: PreTrainedConfig, **options: Any) -> P
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    source.json(GENERATION_CONFIG)  # transformers takes anything for it, and fails later
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source.name,

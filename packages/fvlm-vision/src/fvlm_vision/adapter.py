@@ -76,7 +76,7 @@ def attach_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> PeftModel:
     stored = set(tensor_names(weights)) if weights is not None else set()
     try:
         attached = PeftModel.from_pretrained(model, adapter.source.name, is_trainable=True, **adapter.source.options)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # TypeError: its config has a value of another type
         raise CheckpointError(
             f"The adapter {adapter.source.name!r} does not fit its base {adapter.base.name!r} "
             f"({str(error).strip().splitlines()[-1].strip()}): check that the base is the one it was trained on."

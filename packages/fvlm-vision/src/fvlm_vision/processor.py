@@ -28,7 +28,7 @@ def load_processor(source: Source, adapter: SavedAdapter | None, trust_remote_co
         source = adapter.base
     try:
         processor = AutoProcessor.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options)
-    except (OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # each of them for a damaged file
         raise CheckpointError(
             f"The processor of {source.name!r} cannot be loaded ({' '.join(str(error).split())}): save the processor "
             "into the same folder as the model."

@@ -31,9 +31,9 @@ _ROWS = Annotated[int, typer.Option(min=1, help="How many of the first rows are 
 _IMAGE = Annotated[
     str | None, typer.Option(help="Do without data: rows with a blank image of this size, such as 1120x896.")
 ]
-_IMAGES = Annotated[int, typer.Option(min=0, help="With --image: how many of them a row has.")]
-_QUESTION = Annotated[int, typer.Option(min=0, help="With --image: tokens of text that are asked.")]
-_ANSWER = Annotated[int, typer.Option(min=1, help="With --image: tokens of text that are answered.")]
+_IMAGES = Annotated[int, typer.Option(min=0, max=1000, help="With --image: how many of them a row has.")]
+_QUESTION = Annotated[int, typer.Option(min=0, max=10_000_000, help="With --image: tokens of text that are asked.")]
+_ANSWER = Annotated[int, typer.Option(min=1, max=10_000_000, help="With --image: tokens of text that are answered.")]
 
 
 def estimate(
@@ -79,10 +79,17 @@ def estimate(
 
 
 def _size(text: str) -> tuple[int, int]:
+    from fvlm_vision.media import MAX_IMAGE_PIXELS
+
     match = re.fullmatch(r"(\d+)[x×](\d+)", text)
     if match is None or 0 in (int(match[1]), int(match[2])):
         raise ConfigError(f"--image {text} is no size; write width and height in pixels, such as 1120x896.")
-    return int(match[1]), int(match[2])
+    width, height = int(match[1]), int(match[2])
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ConfigError(
+            f"--image {text} has more than the {MAX_IMAGE_PIXELS} pixels that training takes; make it less."
+        )
+    return width, height
 
 
 def _from_data(config: TrainConfig, opened: Opened, count: int, out: Output) -> list[Load]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -58,7 +59,7 @@ def numbers(option: str, texts: Iterable[str] | None) -> dict[str, float] | None
             found[name] = float(value)
         except ValueError:
             name = ""
-        if not name:
+        if not name or not math.isfinite(found[name]):
             raise ConfigError(f"{option} {text!r} is not of the form NAME=NUMBER; e.g. {option} name=0.5.")
     return found or None
 

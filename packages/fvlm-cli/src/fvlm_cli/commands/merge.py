@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _ADAPTER = Annotated[str, typer.Argument(help="The adapter's folder.")]
 _OUTPUT = Annotated[str, typer.Option("--output", "-o", help="The folder to write.")]
-_OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+_OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, if a model is in it.")]
 
 
 def merge(

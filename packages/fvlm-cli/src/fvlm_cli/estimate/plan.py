@@ -15,6 +15,7 @@ from fvlm_cli.estimate.memory import GIB, RESERVE, Held, Memory, Way, memory
 from fvlm_cli.estimate.shapes import Shapes, read_shapes
 from fvlm_cli.estimate.time import Step, step
 from fvlm_cli.estimate.workload import Load
+from fvlm_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fvlm_cli.inspection.opened import Opened
@@ -140,6 +141,7 @@ def shapes_of(config: TrainConfig, opened: Opened) -> tuple[Shapes, Held]:
 
     Raises:
         ConfigError: the adapters cannot be had on this model.
+        CheckpointError: those that it names are damaged.
     """
     held: Held = config.model.precision or ("4bit" if opened.stored is None else opened.stored.value)
     model: Any = opened.skeleton
@@ -147,9 +149,15 @@ def shapes_of(config: TrainConfig, opened: Opened) -> tuple[Shapes, Held]:
     if opened.adapter is not None:
         from peft import LoraConfig, get_peft_model
 
-        saved: Any = LoraConfig.from_pretrained(opened.named.name, **opened.named.options)
-        saved.inference_mode, saved.init_lora_weights = False, True
-        model = get_peft_model(model, saved)
+        try:
+            saved: Any = LoraConfig.from_pretrained(opened.named.name, **opened.named.options)
+            saved.inference_mode, saved.init_lora_weights = False, True
+            model = get_peft_model(model, saved)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"adapter_config.json of {opened.named.name!r} cannot be used ({' '.join(str(error).split())}): save "
+                "the adapter again."
+            ) from None
     elif held != "full":
         from fvlm_cli.training.build import adapt
 

@@ -79,7 +79,7 @@ def load_of_image(
 
     whole = copy.copy(collator.keeping_empty_batches())
     whole.max_seq_length = None
-    images = [Image.new("RGB", size, "white") for _ in range(count)]
+    images = [Image.new("RGB", size, "white")] * count
     sample: dict[str, Any] = {"prompt": "?", "completion": "."}
     batch = whole([{**sample, "images": images} if images else sample])
     load = _load(batch, opened.skeleton.config, whole)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fvlm_cli.generate.questions import Question, text_of
-from fvlm_core.errors import DataError
+from fvlm_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,12 +26,22 @@ class Decoding:
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         top_p: draw from the likeliest tokens that make up this share.
         seed: of the drawing.
+
+    Raises:
+        ConfigError: the temperature is of no use.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature and not 1e-3 <= self.temperature <= 1e3:
+            raise ConfigError(
+                f"a temperature of {self.temperature} is of no use; give 0 for the likeliest token each time, or "
+                "a number from 0.001 to 1000."
+            )
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `generate`; what they leave out is not taken from the checkpoint either."""
@@ -130,10 +140,13 @@ class Answerer:
         if self.decoding.temperature > 0:
             torch.manual_seed(self.decoding.seed)
         tokenizer = self.processor.tokenizer
-        with torch.inference_mode():
-            tokens = self.model.generate(
-                **inputs, **self.decoding.options(), pad_token_id=tokenizer.pad_token_id, streamer=streamer
-            )
+        try:
+            with torch.inference_mode():
+                tokens = self.model.generate(
+                    **inputs, **self.decoding.options(), pad_token_id=tokenizer.pad_token_id, streamer=streamer
+                )
+        except ValueError as error:  # as where a damaged chat template leaves the images out
+            raise DataError(f"{_places(questions)}: the model refuses it ({' '.join(str(error).split())}).") from error
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -151,8 +164,9 @@ class Answerer:
         try:
             inputs = self.processor(**arguments)
         except (ValueError, RuntimeError, ZeroDivisionError) as error:
-            places = questions[0].place if len(questions) == 1 else f"{questions[0].place} to {questions[-1].place}"
-            raise DataError(f"{places}: the processor refuses it ({' '.join(str(error).split())}).") from error
+            raise DataError(
+                f"{_places(questions)}: the processor refuses it ({' '.join(str(error).split())})."
+            ) from error
         moved = {name: value.to(self.model.device) for name, value in inputs.items()}
         return {name: v.to(self.model.dtype) if v.is_floating_point() else v for name, v in moved.items()}
 
@@ -176,6 +190,10 @@ class Answerer:
         except (jinja2.TemplateError, TypeError) as error:
             raise DataError(f"{question.place}: the chat template refuses the conversation ({error}).") from error
         return text
+
+
+def _places(questions: Sequence[Question]) -> str:
+    return questions[0].place if len(questions) == 1 else f"{questions[0].place} to {questions[-1].place}"
 
 
 class _Speaker:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from fvlm_cli.evaluation.rows import read_answers
 from fvlm_cli.report.charts import Line, chart
+from fvlm_cli.report.checked import ANSWERS, CONFIG, HISTORY, RECORD, check
 from fvlm_cli.report.curve import smoothed
 from fvlm_core.errors import DataError
 
@@ -66,16 +68,16 @@ def gather(folder: Path) -> Gathered:
     Raises:
         DataError: there is no run there, or a file of it is damaged.
     """
-    record = _json(folder / "run.json", dict)
+    record = _json(folder / "run.json", RECORD)
     if record is None:
         raise DataError(f"{folder} holds no run.json, so it is no run of fvlm train; name the run's save.output_dir.")
     try:
         config = (folder / "config.yaml").read_text(encoding="utf-8")
-        yaml.safe_load(config)
+        check(folder / "config.yaml", yaml.safe_load(config), CONFIG)
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
         raise DataError(f"{folder / 'config.yaml'} is missing or damaged; the run cannot be reported on.") from None
     answers = [_answers(folder / "eval" / f"{when}.jsonl") for when in ("before", "after")]
-    return Gathered(folder, record, config, _json(folder / "history.json", list) or [], *answers)
+    return Gathered(folder, record, config, _json(folder / "history.json", HISTORY) or [], *answers)
 
 
 def curves(runs: Sequence[Gathered]) -> list[tuple[str, str]]:
@@ -120,16 +122,14 @@ def _lines(run: Gathered, number: int, keys: tuple[str, ...], name: str) -> list
 def _answers(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
-    return {line["place"]: line for line in read_answers(path)}
+    return {line["place"]: line for line in check(path, read_answers(path), ANSWERS)}
 
 
-def _json(path: Path, kind: type) -> Any:
+def _json(path: Path, kind: TypeAdapter[Any]) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise DataError(f"{path} is damaged; the run cannot be reported on.") from None
-    if not isinstance(content, kind):
-        raise DataError(f"{path} is damaged; the run cannot be reported on.")
-    return content
+    return check(path, content, kind)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fvlm_core import attention, flash
-from fvlm_core.passes import LayerPass, kept_attention, running
+from fvlm_core.passes import LayerPass, quick_attention, running
 
 
 def plain(q, k, v, scale, causal, cu):
@@ -110,7 +110,7 @@ def test_known_results_are_taken_and_not_computed_again(monkeypatch):
     wanted = torch.autograd.grad(want, (q, k, v), dout)
     first = LayerPass(again=False, keep_from=1)
     with running(first), torch.no_grad():
-        out = kept_attention(q, k, v, causal=False, scale=0.3)
+        out = quick_attention(q, k, v, causal=False, scale=0.3)
     assert first.kept[0].backend == flash.NAME
     torch.testing.assert_close(out, want)
 
@@ -119,7 +119,7 @@ def test_known_results_are_taken_and_not_computed_again(monkeypatch):
 
     monkeypatch.setattr(flash, "_kernels", lambda: SimpleNamespace(forward=none, backward=plain_backward))
     with running(LayerPass(again=True, kept=first.kept, keep_from=1)):
-        again = kept_attention(q, k, v, causal=False, scale=0.3)
+        again = quick_attention(q, k, v, causal=False, scale=0.3)
     assert torch.equal(again, out)
     for got, expected in zip(torch.autograd.grad(again, (q, k, v), dout), wanted, strict=True):
         torch.testing.assert_close(got, expected)
@@ -142,7 +142,7 @@ def test_packed_images_go_through_it_where_it_takes_them(monkeypatch, lengths):
     got = torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2))
     for one, expected in zip(got, torch.autograd.grad(want, (q, k, v), dout), strict=True):
         torch.testing.assert_close(one, expected)
-    assert asked[0].get("segments", False) == (len(set(lengths)) > 1)
+    assert asked[0].get("longest") == (max(lengths) if len(set(lengths)) > 1 else None)
 
 
 @pytest.mark.gpu
@@ -157,11 +157,11 @@ def test_on_a_gpu_batches_equal_float64(width, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 72, 80, 128])
 def test_on_a_gpu_segments_equal_float64(width):
-    lengths = (900, 0, 64, 1, 1300, 333)
+    lengths = (900, 0, 64, 1, 2500, 333)
     q, k, v, dout = (t.squeeze(0) for t in tensors(1, sum(lengths), 4, width, device="cuda", dtype=torch.bfloat16))
     cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-    assert flash.takes(q, k, causal=False, segments=True), "install fvlm-core[flash]; a Hopper GPU is needed"
-    out = flash.attention(q, k, v, causal=False, scale=width**-0.5, cu=cu, longest=1300)
+    assert flash.takes(q, k, causal=False, longest=2500), "install fvlm-core[flash]; a Hopper GPU is needed"
+    out = flash.attention(q, k, v, causal=False, scale=width**-0.5, cu=cu, longest=2500)
     got = [out, *torch.autograd.grad(out, (q, k, v), dout)]
     with torch.enable_grad():
         exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
@@ -219,6 +219,9 @@ def test_on_a_gpu_it_runs_in_a_recording_and_not_where_runs_must_repeat():
         torch.use_deterministic_algorithms(False)
     assert not flash.takes(q[:, :, :2047], k[:, :, :2047], causal=False)
     assert not flash.takes(q, k[:, :1], causal=False)
+    row = q[0].transpose(0, 1)
+    assert flash.takes(row, row, causal=False, longest=2048)
+    assert not flash.takes(row, row, causal=False, longest=2047)
 
 
 def assert_near_float64(attend, q, k, v, dout):

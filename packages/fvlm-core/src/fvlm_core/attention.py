@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from fvlm_core import flash
-from fvlm_core.passes import kept_attention
+from fvlm_core.passes import quick_attention
 from fvlm_kernels import varlen_attention
 from fvlm_kernels.varlen_attention import runs_flash
 
@@ -74,11 +74,9 @@ def varlen_attention_forward(
     count = cu_seq_lens_q.numel() - 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kept = None if dropout else kept_attention(q, k, v, causal=is_causal, scale=scaling)
-        if kept is not None:
-            return kept
-        if not dropout and flash.takes(q, k, causal=is_causal):
-            return flash.attention(q, k, v, causal=is_causal, scale=scaling)
+        quick = None if dropout else quick_attention(q, k, v, causal=is_causal, scale=scaling)
+        if quick is not None:
+            return quick
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
 
     if count * max_length_q == total:
@@ -92,7 +90,7 @@ def varlen_attention_forward(
         return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
     if dropout == 0.0 and runs_flash(query):
         q, k, v = (packed.squeeze(0).transpose(0, 1) for packed in (query, key, value))
-        if flash.takes(q, k, causal=is_causal, segments=True):
+        if flash.takes(q, k, causal=is_causal, longest=max_length_q):
             bounds = cu_seq_lens_q.to(torch.int32)
             out = flash.attention(q, k, v, causal=is_causal, scale=scaling, cu=bounds, longest=max_length_q)
         else:

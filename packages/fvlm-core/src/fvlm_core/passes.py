@@ -47,6 +47,12 @@ class LayerPass:
         self.unread = False
         """Whether nobody reads the result of what is being called."""
 
+    def keeps(self, q: Tensor, k: Tensor, causal: bool) -> bool:
+        """Tell whether the result of attention is kept from the first run to the second."""
+        if self.keep_from is None or q.shape[1] != k.shape[1]:
+            return False
+        return k.shape[2] >= self.keep_from * (2 if causal else 1)
+
 
 _running: ContextVar[LayerPass | None] = ContextVar("fvlm_layer_pass", default=None)
 
@@ -67,8 +73,8 @@ def result_is_unread() -> bool:
     return this is not None and this.unread
 
 
-def kept_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor | None:
-    """Attend and keep the result, or take the kept result; None where attention is computed as usual.
+def quick_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor | None:
+    """Attend with a result that is kept between the passes, or by FlashAttention-4; None where PyTorch is to attend.
 
     Args:
         q: `(batch, heads, tokens, head_dim)`.
@@ -81,10 +87,8 @@ def kept_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
         The attention's result in the shape of `q`.
     """
     this = _running.get()
-    if this is None or this.keep_from is None or q.shape[1] != k.shape[1]:
-        return None
-    if k.shape[2] < this.keep_from * (2 if causal else 1):
-        return None
+    if this is None or not this.keeps(q, k, causal):
+        return flash.attention(q, k, v, causal=causal, scale=scale) if flash.takes(q, k, causal=causal) else None
     if this.again:
         known = this.kept.pop(0)
         if known is not None and known.backend == flash.NAME:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 NAME = "fa4"
 """What `AttentionResiduals.backend` is for results of this module."""
 FROM = 2048
-"""Keys that a query sees on average, from which on it pays to import the package (some seconds) for a whole run."""
+"""Keys that a query sees on average, of the longest segment, from which on it pays to import the package (seconds)."""
 CAPABILITY = (9, 0)
 _TOLERANCE = 8e-3
 """The largest distance from PyTorch's attention in fp32, relative to its norm; kernels that are right have 2e-3."""
@@ -42,21 +42,21 @@ _FAILURES = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, A
 """What a package of another version may raise: its interface moves."""
 
 
-def takes(q: Tensor, k: Tensor, *, causal: bool, segments: bool = False) -> bool:
+def takes(q: Tensor, k: Tensor, *, causal: bool, longest: int | None = None) -> bool:
     """Say whether `attention` is to be used.
 
     Args:
         q: `(batch, heads, tokens, head_dim)`, or `(total, heads, head_dim)` with segments.
         k: like `q`; fewer heads of its own are left to PyTorch.
         causal: whether a token sees only what comes before it.
-        segments: whether the row holds segments of several lengths.
+        longest: length of the longest segment, of a row that holds several; None: all tokens of a row see each other.
     """
-    width = q.shape[-1]
+    width, segments = q.shape[-1], longest is not None
     if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape == k.shape and width % 8 == 0):
         return False
     if not (segments or 64 < width < 128) or width > 128 or q.numel() == 0:
         return False
-    if q.shape[0 if segments else 2] < FROM * (2 if causal else 1):
+    if (q.shape[2] if longest is None else longest) < FROM * (2 if causal else 1):
         return False
     if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled() or not _installed():
         return False
@@ -202,7 +202,7 @@ def _distance(
         inputs = [t.unflatten(0, (len(lengths), -1)) for t in given]
     *qkv, dout = inputs
     # What the kernels allocate shall hold rubbish before, as in a training run.
-    rubbish = [torch.full((size // 4,), 1e4, device=device) for size in (2**18, 2**20, 2**24, 2**24)]
+    rubbish = [torch.full((size,), 1e4, device=device) for size in (2**18,) * 4 + (2**24,) * 4]
     del rubbish
     out, lse = _kernels().forward(*qkv, scale, causal, cu, longest)
     got = [out, *_kernels().backward(*qkv, out, dout, lse, scale, causal, cu, longest)]

@@ -26,6 +26,8 @@ _MULTIPLE = 16
 """What the main kernel rounds a head's width up to."""
 _OF_THE_OTHERS = 32
 """What the package rounds it up to before that kernel, and after it."""
+_ABSENT = (None,) * 7
+"""Lengths in use, windows and semaphores, which the main kernel could take as well."""
 _compiled = get_jit_cache("fvlm_bwd")
 
 
@@ -51,18 +53,10 @@ def forward(
         The result, in the shape of `q`, and the logarithms of the rows' sums, `(batch, heads, tokens)` or
         `(heads, total)`, fp32.
     """
-    out, lse, *_ = interface._flash_attn_fwd(
-        q,
-        k,
-        v,
-        softmax_scale=scale,
-        causal=causal,
-        cu_seqlens_q=cu,
-        cu_seqlens_k=cu,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        return_lse=True,
+    made = interface._flash_attn_fwd(
+        q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **_bounds(cu, longest)
     )
+    out, lse, *_ = made
     return out, lse
 
 
@@ -81,21 +75,12 @@ def backward(
     """Return the gradients of `forward` for `q`, `k` and `v`; the arguments are its own, and what it returned."""
     if _main_kernel(interface.torch2cute_dtype_map[q.dtype], q.shape[-1], causal).tile_hdim % _OF_THE_OTHERS:
         return _backward_of_one_width(q, k, v, out, dout, lse, scale, causal, cu)
-    dq, dk, dv, *_ = interface._flash_attn_bwd(
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        scale,
-        causal,
-        cu_seqlens_q=cu,
-        cu_seqlens_k=cu,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-    )
+    dq, dk, dv, *_ = interface._flash_attn_bwd(q, k, v, out, dout, lse, scale, causal, **_bounds(cu, longest))
     return dq, dk, dv
+
+
+def _bounds(cu: Tensor | None, longest: int | None) -> dict[str, Any]:
+    return {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 def _backward_of_one_width(
@@ -113,7 +98,7 @@ def _backward_of_one_width(
     heads, width = q.shape[-2:]
     dtype = interface.torch2cute_dtype_map[q.dtype]
     kernel, tiles = _main_kernel(dtype, width, causal), interface._tile_size_bwd_sm90(width, width, causal, False)
-    rows, fake = tiles.m_block_size, interface.is_fake_mode()
+    rows = tiles.m_block_size
     if cu is None:
         shape: tuple[int, ...] = (q.shape[0], heads, _up(q.shape[1], rows))
     else:  # each segment starts at a multiple of a block
@@ -121,18 +106,16 @@ def _backward_of_one_width(
     dpsum, lse_log2 = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
     sums = q.new_zeros((*shape[:-1], shape[-1] * kernel.tile_hdim), dtype=torch.float32)
     before = (out, dout, dpsum, lse, lse_log2, None, cu, None, None, dtype, width, width, rows)
-    interface._bwd_preprocess(*before, hdim_multiple_of=_OF_THE_OTHERS, fake_mode=fake)
+    interface._bwd_preprocess(*before, hdim_multiple_of=_OF_THE_OTHERS, fake_mode=False)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     key = (dtype, width, causal, cu is not None)
     if key not in _compiled:
         _compiled[key] = _compile(kernel, dtype, cu is not None)
-    if not fake:
-        none = (None,) * 7
-        tensors = q, k, v, dout, lse_log2, dpsum, sums, dk, dv
-        _compiled[key](*tensors, scale, cu, cu, *none, AuxData(None, None), None, None)
+    tensors = q, k, v, dout, lse_log2, dpsum, sums, dk, dv
+    _compiled[key](*tensors, scale, cu, cu, *_ABSENT, AuxData(None, None), None, None)
     threads = 128 if tiles.dQ_single_wg else tiles.num_wg * 128
     after = (sums, dq, scale, cu, None, 90, dtype, width, rows, threads, tiles.AtomLayoutMdQ, tiles.dQ_swapAB)
-    interface._bwd_postprocess_convert(*after, hdim_multiple_of=_MULTIPLE, fake_mode=fake)
+    interface._bwd_postprocess_convert(*after, hdim_multiple_of=_MULTIPLE, fake_mode=False)
     return dq, dk, dv
 
 
@@ -166,8 +149,7 @@ def _compile(kernel: Any, dtype: Any, segments: bool) -> Any:
         dtype, has_gqa=False, varlen_q=segments, varlen_k=segments
     )
     cu = interface.fake_tensor(Int32, (cute.sym_int(),), divisibility=1) if segments else None
-    none = (None,) * 7
     tensors = q, k, v, dout, lse_log2, dpsum, sums, dk, dv
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    rest = (Float32(1.0), cu, cu, *none, AuxData(None, None), None, None, stream)
+    rest = (Float32(1.0), cu, cu, *_ABSENT, AuxData(None, None), None, None, stream)
     return cute.compile(kernel, *tensors, *rest, options="--enable-tvm-ffi")

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
-from fvlm_core import flash
 from fvlm_core.attention import varlen_attention_forward
 from fvlm_core.fused.adapted import project
 from fvlm_core.fused.attention import attend, dropout_of, setting
 from fvlm_core.fused.kinds import kind_of
-from fvlm_core.passes import kept_attention
+from fvlm_core.passes import quick_attention
 from fvlm_kernels import rotary
 
 
@@ -56,9 +55,9 @@ def tower_attention_forward(
         q, k = rotary(q, k, *position_embeddings)
     dropout = dropout_of(module)
     weights: Any = None
-    known = _quicker(module, q, k, v, dropout) if segments is None and attention_mask is None else None
-    if known is not None:
-        out = known.transpose(1, 2)
+    quick = _quick(module, q, k, v, dropout) if segments is None and attention_mask is None else None
+    if quick is not None:
+        out = quick.transpose(1, 2)
     elif segments is None:
         out, weights = attend(module, q, k, v, attention_mask, dropout=dropout, **kwargs)
     else:
@@ -70,14 +69,10 @@ def tower_attention_forward(
     return out, weights
 
 
-def _quicker(module: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor | None:
+def _quick(module: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor | None:
     if dropout or module.config._attn_implementation != "sdpa":
         return None
-    scale = setting(module, ("scaling", "scale"))
-    kept = kept_attention(q, k, v, causal=False, scale=scale)
-    if kept is None and flash.takes(q, k, causal=False):
-        return flash.attention(q, k, v, causal=False, scale=scale)
-    return kept
+    return quick_attention(q, k, v, causal=False, scale=setting(module, ("scaling", "scale")))
 
 
 def checkpointed_encoder_forward(

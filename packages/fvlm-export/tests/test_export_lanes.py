@@ -157,6 +157,7 @@ def test_an_older_output_is_given_up_only_for_one_that_is_on_the_disk(
     base, out = tools.checkpoint(), tmp_path / "out"
     if replaced:
         out.mkdir()
+        (out / "config.json").write_bytes(b"{}")
         (out / "model.safetensors").write_bytes(b"old")
     synced: set[tuple[int, int]] = set()
     real = os.fsync

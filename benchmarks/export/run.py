@@ -33,6 +33,8 @@ import torch
 from benchmarks.export.checkpoint import write_adapter, write_base
 from benchmarks.kernels.card import ROOT, provenance
 
+from fvlm_core.checkpoint import CONFIG
+
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -86,7 +88,7 @@ def merge(options: argparse.Namespace, device: str, verify: bool, group: Path | 
     command += ["--save-method", options.save_method, *([] if verify else ["--no-verify"])]
     if options.replace:
         output.mkdir()
-        (output / "older").touch()
+        (output / CONFIG).touch()  # by which it is a model that may be replaced
 
     def prepare() -> None:
         os.sched_setaffinity(0, cores)

@@ -224,6 +224,8 @@ class VideoReader:
         """Return a decoder of a file, and what messages call the file."""
         try:
             from torchcodec.decoders import VideoDecoder
+
+            _check_ffmpeg()
         except (ImportError, RuntimeError, OSError) as error:  # it may be there and find no FFmpeg, or another torch
             raise MissingExtraError(
                 "Video files need FFmpeg's libraries and a torchcodec that fits torch (0.10 for torch 2.10, 0.11 or "
@@ -248,6 +250,14 @@ class VideoReader:
         if not Path(text).is_file():
             raise DataError(f"the video file {text!r} is not there; correct the path.")
         return repr(text), text
+
+
+def _check_ffmpeg() -> None:
+    """Raise an ImportError where torchcodec is here without FFmpeg: newer ones say so only when they decode."""
+    import torchcodec
+
+    if torchcodec.ffmpeg_major_version is None:
+        raise ImportError("torchcodec finds no FFmpeg")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections import Counter, OrderedDict
@@ -84,12 +83,8 @@ class Decoder:
         self._recorders: dict[torch.device, Recorder] = {}
         self.report = DecodingReport()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
-        """A copied model records anew."""
-        return Decoder(copy.deepcopy(self._model, memo), self._rehearse)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        """A stored model records anew as well."""
+        """A copied or stored model records anew."""
         return Decoder, (self._model, self._rehearse)
 
     @cached_property

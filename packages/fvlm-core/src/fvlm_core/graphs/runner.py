@@ -69,16 +69,9 @@ class LayerGraphs:
         self._off = False
         self.replayed = self.recorded = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:
-        """A copied model records anew: a recording works on the memory of the one that it was made of."""
-        return self._fresh()
-
     def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing of a recording can be stored."""
-        return _made, (self._rehearse, self.memory_budget, self._keep_from, self.keep)
-
-    def _fresh(self) -> LayerGraphs:
-        return _made(self._rehearse, self.memory_budget, self._keep_from, self.keep)
+        """A copied or stored model records anew: a recording works on the memory of the one that it was made of."""
+        return LayerGraphs, (self._rehearse, self.memory_budget, self._keep_from), {"keep": self.keep}
 
     def run(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving | None = None) -> Tensor | None:
         """Run a layer as a recording; None where it must be run as it is.
@@ -291,9 +284,3 @@ class LayerGraphs:
         if device not in self._recorders:
             self._recorders[device] = PlainRecorder() if self._rehearse else CudaRecorder(device)
         return self._recorders[device]
-
-
-def _made(rehearse: bool, memory_budget: float | None, keep_attention_from: int, keep: bool) -> LayerGraphs:
-    graphs = LayerGraphs(rehearse, memory_budget, keep_attention_from)
-    graphs.keep = keep
-    return graphs

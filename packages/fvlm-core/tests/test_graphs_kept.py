@@ -26,7 +26,7 @@ def model(fused):
 @pytest.mark.parametrize(("budget", "layers"), [(2.5 / 1024, 2), (1 / 2**30, 0), (None, 4)])
 def test_what_is_kept_stays_within_the_budget(model, monkeypatch, budget, layers):
     """Each layer counts for one MiB where there is no GPU to ask."""
-    monkeypatch.setattr("fvlm_core.graphs.kind._FIRST_GUESS", 1 << 20)
+    monkeypatch.setattr("fvlm_core.graphs.room._FIRST_GUESS", 1 << 20)
     batch = without_mask(make_batch(model.config))
     expected = step(model, batch)
     graphs = recorded(model, "auto", memory_budget=budget)

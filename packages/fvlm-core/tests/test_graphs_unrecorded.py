@@ -12,7 +12,6 @@ from fvlm_core import ConfigError, Precision, load_model
 from fvlm_core.checkpointing import apply_checkpointing, use_graphs
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
-from fvlm_core.graphs import unrecorded as module_of_unrecorded
 
 
 def eight_bit(folder):
@@ -54,7 +53,7 @@ def batch(model):
 @pytest.fixture(autouse=True)
 def small_layers(monkeypatch):
     """Each layer counts for one MiB where there is no GPU to ask, the first one too."""
-    monkeypatch.setattr(module_of_unrecorded, "_FIRST_GUESS", 1 << 20)
+    monkeypatch.setattr("fvlm_core.graphs.room._FIRST_GUESS", 1 << 20)
 
 
 def seeded(model, batch):

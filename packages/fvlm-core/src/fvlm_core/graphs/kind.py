@@ -13,9 +13,6 @@ from fvlm_core.graphs.stage import Stage
 
 logger = logging.getLogger(__name__)
 
-_FIRST_GUESS = 1 << 28
-"""Bytes that the first layer of a kind is taken to keep, before one is recorded."""
-
 
 class Kind:
     """The layers that are recorded for one stage.
@@ -49,14 +46,13 @@ class Kind:
             RuntimeError: the layer does something that cannot be recorded.
         """
         device = self.stage.x.device
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        before = room.allocated(device)
         keep = keep and recorded.has_gradients
-        fits = keep and room.has_for(self.kept_bytes or _FIRST_GUESS, device)
+        fits = keep and room.has_for(self.kept_bytes, device)
         if not (fits and self._keeps(recorded, module, room)):
             recorded.record(False)
         if recorded.kept:
-            size = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 1 << 20
-            self.kept_bytes = max(size, 1)
+            self.kept_bytes = room.taken_since(before, device)
             room.kept_bytes += self.kept_bytes
         elif keep and not fits:
             self._tell(module, room)
@@ -69,7 +65,7 @@ class Kind:
             return True
         except torch.OutOfMemoryError:
             recorded.forget_kept()
-        room.most = room.kept_bytes  # no later layer tries it again
+        room.close()
         self._tell(module, room)
         if self.stage.x.is_cuda:
             torch.cuda.empty_cache()  # what records finds no memory that is cached elsewhere

@@ -15,6 +15,8 @@ _SPARE_BYTES = 1 << 30
 _MARGIN = 1.5
 """How many times its own size a kept layer must find free: what runs beside it needs room as well."""
 
+_FIRST_GUESS = 1 << 28
+"""Bytes that a layer is taken to keep before one like it has."""
 _PLANS = 4
 """How often a plan is made, the last one being to keep nothing."""
 
@@ -65,9 +67,24 @@ class Room:
         """Tell whether there is memory for a layer to run that would keep ``size`` bytes."""
         return _MARGIN * size <= self.free(device)
 
+    def taken_since(self, before: int, device: torch.device) -> int:
+        """Return what a layer keeps, ``before`` bytes having been allocated before it ran; without a GPU, one MiB."""
+        return max(self.allocated(device) - before, 1) if device.type == "cuda" else 1 << 20
+
     def has_for(self, size: int, device: torch.device, beside: int = 0) -> bool:
-        """Tell whether a layer of ``size`` bytes may be kept, while ``beside`` bytes more will be needed."""
+        """Tell whether a layer may be kept.
+
+        Args:
+            size: how many bytes it will keep; 0: none like it has been kept yet.
+            device: where it is.
+            beside: how many bytes more will be needed meanwhile.
+        """
+        size = size or _FIRST_GUESS
         return self.kept_bytes + size <= self.most and _MARGIN * size + beside <= self.left(device)
+
+    def close(self) -> None:
+        """Note that memory ran out in a layer that was to be kept: nothing more is from now on."""
+        self.most = self.kept_bytes
 
     def describe(self, device: torch.device) -> str:
         """Say why there is no more room."""

@@ -21,9 +21,6 @@ from fvlm_core.repeat import RandomState
 
 logger = logging.getLogger(__name__)
 
-_FIRST_GUESS = 1 << 28
-"""Bytes that a call is taken to keep before one of its kind has run."""
-
 
 class Unrecorded:
     """Decides call by call whether a layer that runs as it is keeps what it computes.
@@ -67,8 +64,9 @@ class Unrecorded:
             What the layer returned; None where there is no room, or the layer is one to be recorded: it was not run.
         """
         hidden = args[0] if args else None
-        suits = isinstance(hidden, Tensor) and (hidden.is_cuda or self._anywhere)
-        if module is None or hidden is None or not suits or torch.compiler.is_compiling():
+        if module is None or not isinstance(hidden, Tensor) or not (hidden.is_cuda or self._anywhere):
+            return None
+        if torch.compiler.is_compiling():
             return None
         if module not in self._reasons:
             self.note(module, LayerState(module).reason)
@@ -79,16 +77,16 @@ class Unrecorded:
         # A layer that is trained whole gets gradients of its own size, while others still keep what they computed.
         trained = sum(p.nbytes for p in module.parameters() if p.requires_grad and p.grad is None)
         self._room.kept_bytes = sum(map(sum, self._held.values()))
-        if not self._room.has_for(self._sizes.get(key, _FIRST_GUESS), hidden.device, beside=trained):
+        if not self._room.has_for(self._sizes.get(key, 0), hidden.device, beside=trained):
             return self._tell(kind, why, hidden.device, keeps=False)
         start = RandomState({hidden.device})
-        before = _allocated(hidden.device)
+        before = self._room.allocated(hidden.device)
         try:
             out = layer(*args)
         except torch.OutOfMemoryError:
-            self._room.most = self._room.kept_bytes  # no later call tries more
+            self._room.close()
         else:
-            size = max(_allocated(hidden.device) - before, 1) if hidden.is_cuda else 1 << 20
+            size = self._room.taken_since(before, hidden.device)
             self._sizes[key] = max(size, self._sizes.get(key, 0))
             self._hold(kind, out, size)
             self._tell(kind, why, hidden.device, keeps=True)
@@ -145,14 +143,12 @@ class _Held:
 
     def __call__(self, gradient: Tensor) -> None:
         """Let go: the call's backward pass begins."""
+        self._let_go()
+
+    def __del__(self) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._size:
             self._held.remove(self._size)
             self._size = 0
-
-    def __del__(self) -> None:
-        if self._size:
-            self._held.remove(self._size)
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

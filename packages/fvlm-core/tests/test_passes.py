@@ -9,6 +9,7 @@ from fused_tools import (
     QWEN,
     adapted_model,
     assert_same_step,
+    kept,
     make_batch,
     recorded,
     step,
@@ -18,6 +19,7 @@ from fused_tools import (
 from fvlm_core import Precision, attention, passes
 from fvlm_core.checkpointing import apply_checkpointing
 from fvlm_core.fused import fuse_model
+from fvlm_core.graphs.tape import PlainRecorder
 from fvlm_core.offload import _fetch_next, _OnHost
 from fvlm_core.passes import LayerPass, add_last, running
 
@@ -74,6 +76,30 @@ def test_layers_that_keep_on_the_device_do_not_keep_attention_apart(tiny, mode, 
     for _ in range(3):
         assert_same_step(step(model, batch), expected)
     assert first.calls == 0 or mode == "auto"  # "auto" measures a layer's first run before it knows that there is room
+
+
+def test_a_layer_that_memory_does_not_suffice_to_keep_keeps_its_attention(tiny, monkeypatch):
+    """The first one says that there is no room, and is recorded as those behind it are."""
+    record = PlainRecorder.record
+
+    def short(recorder, work):
+        if work.__name__ == "work_backward_kept":
+            raise torch.OutOfMemoryError("said by the test")
+        return record(recorder, work)
+
+    model = adapted_model(tiny("qwen2_vl"))
+    fuse_model(model)
+    batch = batches(model)[0]
+    expected = step(model, batch)
+    monkeypatch.setattr(PlainRecorder, "record", short)
+    graphs = recorded(model, "auto", keep_attention_from=1)
+    for _ in range(2):
+        assert_same_step(step(model, batch), expected)
+    assert kept(graphs) == (0, 4)
+    plain = Counter(attention.scaled_dot_product_attention)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", plain)
+    assert_same_step(step(model, batch), expected)
+    assert plain.calls == 0
 
 
 def test_short_attention_is_computed_again(tiny, monkeypatch):

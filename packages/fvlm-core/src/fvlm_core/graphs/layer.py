@@ -177,9 +177,9 @@ class RecordedLayer:
             keep: whether what the forward pass computes stays in memory for the backward pass.
         """
         if keep and self.has_gradients:
-            self._keep_from, self._attention = None, []  # should it compute again after all, then from its input alone
             self._forward_tape = self._recorder.record(self.work_forward_kept)
             self._kept_backward_tape = self._recorder.record(self.work_backward_kept)
+            self._keep_from, self._attention = None, []  # should it compute again after all, then from its input alone
             return
         self._forward_tape = self._recorder.record(self.work_forward)
         if self.has_gradients:

@@ -1,12 +1,15 @@
 """Memory runs out, or a layer does what cannot be recorded, while layers are being recorded: the values stay."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from fused_tools import adapted_model, assert_same_step, kept, make_batch, recorded, step, without_mask
 
 from fvlm_core.fused import fuse_model
+from fvlm_core.graphs.stage import Stage
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, _Again
 
 
@@ -69,6 +72,8 @@ def test_larger_shapes_are_not_tried_either_and_smaller_ones_are(model, batch, m
     assert failing.calls > 5
     decoders = {kind.stage.tokens for key, kind in graphs._stages.items() if "Decoder" in key[0].__name__}
     assert decoders == {128}
+    rooms = {role: room.numel() for (role, *_), room in graphs._arena._largest.items()}
+    assert rooms["x"] == max(kind.stage.x.numel() for kind in graphs._stages.values())
 
 
 def test_memory_that_does_not_suffice_without_recording_either_is_the_callers_to_know(model, batch, monkeypatch):
@@ -106,12 +111,15 @@ def test_what_cannot_be_recorded_leaves_no_memory_held(model, batch, monkeypatch
     """Layers that were replayed in the same step give up what they keep before their backward passes."""
     expected = step(model, batch)
     Failing(monkeypatch, RuntimeError, call)
+    made, init = [], Stage.__init__
+    monkeypatch.setattr(Stage, "__init__", lambda stage, *args: made.append(weakref.ref(stage)) or init(stage, *args))
     graphs = recorded(model, mode)
     for _ in range(3):
         assert_same_step(step(model, batch), expected)
     assert graphs._off
     assert not graphs.holds
-    assert kept(graphs) == (0, 0)
+    gc.collect()
+    assert not [one for one in made if one() is not None]
     assert any("cannot be recorded as a CUDA graph (said by the test)" in r.message for r in caplog.records)
 
 

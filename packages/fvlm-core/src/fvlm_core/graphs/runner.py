@@ -145,12 +145,19 @@ class LayerGraphs:
         )
         return True
 
-    def _drop_recordings(self) -> None:
-        """Free all recordings; backward passes that are still due compute again what is gone."""
+    def _drop_recordings(self, stages: bool = False) -> None:
+        """Free all recordings; backward passes that are still due compute again what is gone.
+
+        Args:
+            stages: free what they work on as well, but for what those passes need.
+        """
         for recorder in self._recorders.values():
             recorder.forget()
         for kind in self._stages.values():
             kind.release()
+        if stages:
+            self._stages.clear()
+            self._copies, self._arena = Copies(), Arena()
         if any(device.type == "cuda" for device in self._recorders):
             torch.cuda.empty_cache()  # what records finds no memory that is cached elsewhere
 
@@ -234,8 +241,7 @@ class LayerGraphs:
         What is recorded is freed, for the layer itself may need that memory; smaller shapes are recorded anew.
         """
         self._too_large[layer] = prod(key[1])
-        self._drop_recordings()
-        self._stages.pop(key, None)
+        self._drop_recordings(stages=True)
         logger.warning(
             "No memory to record %s for hidden states of shape %s: such layers, and larger ones, run as they are.",
             layer.__name__,
@@ -251,7 +257,7 @@ class LayerGraphs:
         except RuntimeError as error:
             self._off = True
             recorded.release()
-            self._drop_recordings()  # nothing replays them any more
+            self._drop_recordings(stages=True)  # nothing replays them any more
             self._room.kept_bytes = 0
             logger.warning(
                 "%s cannot be recorded as a CUDA graph (%s): all layers run as they are.",

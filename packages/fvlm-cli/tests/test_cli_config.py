@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import yaml
+from trl import SFTConfig
 
 from fvlm_cli.config.overrides import dot_list
 from fvlm_cli.config.read import read_config
 from fvlm_cli.config.schema import LoraSection, ModelSection, Section, TrainConfig
+from fvlm_cli.training.arguments import training_arguments
 from fvlm_core.errors import ConfigError
 
 BASE = "model: {name: base}\ndata: {train: train.jsonl}\n"
@@ -73,6 +77,20 @@ def test_what_a_checkpoint_depends_on_is_saved_unless_it_leads_to_a_secret(
     assert saved["model"]["name"] == "owner/model"
     assert saved["model"]["revision"] == "${train.run_name}"
     assert saved["lora"]["init_lora_weights"] == "${model.token}"
+
+
+def test_arguments_are_copied_whole_and_stored_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    config = read_config(write(tmp_path, BASE + "train: {run_name: '${oc.env:MY_KEY}', extra: {project: mine}}\n"))
+    made = copy.copy(training_arguments(config, tmp_path, evaluates=False))
+    assert made.run_name == "secret"
+    assert made.to_dict()["run_name"] == "${oc.env:MY_KEY}"
+    stored = pickle.loads(pickle.dumps(made))
+    assert type(stored) is SFTConfig  # to be read where fvlm-cli is not installed
+    assert stored.run_name == "${oc.env:MY_KEY}"
+    assert (stored.project, stored.learning_rate) == ("mine", made.learning_rate)
 
 
 def test_missing_environment_variable_is_named(tmp_path: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 from trl import SFTConfig
 
@@ -33,6 +32,8 @@ _SETTLED = frozenset(
 class RunArguments(SFTConfig):
     """Arguments that tell trackers and files what the config said where it referred to the environment or another key.
 
+    A copy is whole; what is pickled, as transformers does beside each checkpoint, is a plain `SFTConfig`.
+
     Attributes:
         written: the names of those arguments, and what was written.
     """
@@ -43,11 +44,16 @@ class RunArguments(SFTConfig):
         """Return the arguments, as trackers log them."""
         return {**super().to_dict(), **self.written}  # type: ignore[no-untyped-call]
 
-    def without_secrets(self) -> RunArguments:
-        """Return a copy for a file."""
-        told = copy.copy(self)
-        vars(told).update(self.written)
-        return told
+    def __copy__(self) -> RunArguments:
+        whole = object.__new__(RunArguments)
+        vars(whole).update(vars(self))
+        return whole
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        told = object.__new__(SFTConfig)
+        vars(told).update({**vars(self), **self.written})
+        del vars(told)["written"]
+        return told.__reduce_ex__(1)  # later protocols hold only what is of the pickled object's own class
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> RunArguments:

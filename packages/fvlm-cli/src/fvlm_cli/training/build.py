@@ -126,15 +126,6 @@ class RunTrainer(FastVisionTrainer):
             split_by_tower(optimizer, self.model, self._rates, self.behind)
         return optimizer
 
-    def _save(self, *arguments: Any, **given: Any) -> None:
-        """Save a checkpoint, with the arguments as they were written: resolved, they may hold secrets."""
-        whole: Any = self.args
-        self.args = whole.without_secrets()
-        try:
-            super()._save(*arguments, **given)
-        finally:
-            self.args = whole
-
     def evaluate(self, *arguments: Any, **given: Any) -> dict[str, float]:
         """Evaluate.
 

@@ -25,71 +25,50 @@ def bind_methods(model: PreTrainedModel | PeftModel) -> None:
 
     A PeftModel needs its own: those of the model it wraps would save that model alone.
     """
-    from peft import PeftModel
-
-    save = save_adapter if isinstance(model, PeftModel) else save_model
-    in_place_of(model, "save_pretrained", save)
+    in_place_of(model, "save_pretrained", save_pretrained)
     methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged, print_trainable_parameters]
     for method in methods:
         bind(model, method)
 
 
-def save_adapter(
-    model: PeftModel, save_directory: str | os.PathLike[str], is_main_process: bool | None = None, **options: Any
+def save_pretrained(
+    model: PreTrainedModel | PeftModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool | None = None,
+    **options: Any,
 ) -> None:
-    """Save the adapter as PEFT does, with a note of what it was trained over; see `fvlm_export.AdapterNote`.
+    """Save adapters as PEFT does, with a note of what they were trained over; without them as transformers does.
 
-    Under torchrun the first process does it. The others return at once and do not wait for it.
+    Under torchrun the first process does it. The others return at once and do not wait for it. The note is
+    `fvlm_export.AdapterNote`.
 
     Args:
-        model: with adapters.
+        model: with adapters or without.
         save_directory: a folder, made if need be.
-        is_main_process: whether this process writes; None: if it is the first.
-        options: of PEFT's method.
+        is_main_process: whether this process writes (a model without adapters: if transformers agrees, whose newer
+            versions write in the first process only); None: if it is the first.
+        options: of the model's own method.
 
     Raises:
         ConfigError: ``save_directory`` is a file.
     """
+    from peft import PeftModel
+
     from fvlm_export import note_of
 
-    if not _writes(save_directory, is_main_process):
-        return
-    type(model).save_pretrained(model, os.fspath(save_directory), **options)
     root = Path(save_directory)
-    for name in options.get("selected_adapters") or model.peft_config:
-        folder = root if name == "default" else root / name  # where PEFT puts it
-        if folder.is_dir():
-            note_of(model).write(folder)
-
-
-def save_model(
-    model: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool | None = None, **options: Any
-) -> None:
-    """Save a model without adapters as transformers does.
-
-    Under torchrun the first process does it. The others return at once and do not wait for it.
-
-    Args:
-        model: without adapters.
-        save_directory: a folder, made if need be.
-        is_main_process: False: this process does not write; True: transformers decides, whose newer versions write
-            in the first process only; None: this process writes if it is the first.
-        options: of transformers' method.
-
-    Raises:
-        ConfigError: ``save_directory`` is a file.
-    """
-    if _writes(save_directory, is_main_process):
-        type(model).save_pretrained(model, os.fspath(save_directory), **options)
-
-
-def _writes(save_directory: str | os.PathLike[str], is_main_process: bool | None) -> bool:
-    if Path(save_directory).is_file():
+    if root.is_file():
         raise ConfigError(f"save_directory={os.fspath(save_directory)!r} is a file: name a folder.")
-    writes = is_first_process() if is_main_process is None else is_main_process
-    if not writes:
+    if not (is_first_process() if is_main_process is None else is_main_process):
         logger.info("The first process of this run saves %s.", save_directory)
-    return writes
+        return
+    own: Any = type(model)  # of two kinds, each for its own models
+    own.save_pretrained(model, os.fspath(save_directory), **options)
+    if isinstance(model, PeftModel):
+        for name in options.get("selected_adapters") or model.peft_config:
+            folder = root if name == "default" else root / name  # where PEFT puts it
+            if folder.is_dir():
+                note_of(model).write(folder)
 
 
 def save_pretrained_merged(

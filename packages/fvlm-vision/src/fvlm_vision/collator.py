@@ -113,7 +113,8 @@ class FastVisionDataCollator:
         self.overflow = overflow
         self.overflow_counts = OverflowCounts()
         facts = facts_for(model)
-        self.media_ids = media_token_ids(facts, model.config, processor).all
+        media = media_token_ids(facts, model.config, processor)
+        self.media_ids = media.all
         self.keeps_empty_batches = False  # set by FastVisionTrainer, which can go on after a batch of skipped samples
         images = ImageReader(positive("max_image_pixels", max_image_pixels) or MAX_IMAGE_PIXELS, allow_urls, url_limits)
         videos = VideoReader(processor, images, video_options)
@@ -127,7 +128,7 @@ class FastVisionDataCollator:
         )
         self.plan_loss = has_fused_loss(model) if plan_loss is None else plan_loss
         self._plan_media = any(has_fused(model, kind) for kind in PLACING)
-        self._image_ids = torch.tensor(sorted(media_token_ids(facts, model.config, processor).image))
+        self._image_ids = torch.tensor(sorted(media.image))
         self._is_causal = has_fused(model, CAUSAL_LAYER)
         self._packing = packing_of(task_model(model)) if packing else None
         self._by_segments = packing and attends_by_segments(model)

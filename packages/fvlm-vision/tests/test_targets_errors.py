@@ -29,7 +29,7 @@ BAD = {
         r"finetune_vision_layers=False and finetune_language_layers=False",
     ),
     "parts": ({"attention": False, "mlp": False}, r"finetune_attention_modules=False and finetune_mlp_modules=False"),
-    "no bool": ({"vision": 1}, r"finetune_vision_layers=1 is neither True nor False"),
+    "no bool": ({"vision": 1}, r"finetune_vision_layers=1 is not a boolean: pass True or False"),
     "no such name": ({"target_modules": ["qkv", "c_attn"]}, r"'c_attn' matches no linear.*qkv"),
     "other tower": ({"vision": False, "target_modules": ["qkv"]}, r"'qkv' matches only vision.*finetune_vision_layers"),
     "no regex": ({"target_modules": "(qkv"}, r"'\(qkv' is not a regular expression"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from fvlm_core.errors import ConfigError
 from fvlm_core.options import check_flag
@@ -25,9 +25,19 @@ def check_processor(processor: Any) -> None:
 
 def positive(name: str, value: int | None) -> int | None:
     """Return the value of the argument `name`, which must be None or a whole number of at least 1."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    if value is not None and not is_positive(value):
         raise ConfigError(f"{name}={value!r} is not a positive whole number.")
     return value
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Tell whether a value is a whole number, which True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> TypeGuard[int]:
+    """Tell whether a value is a whole number of at least 1."""
+    return is_integer(value) and value >= 1
 
 
 def check_collator(
@@ -56,7 +66,7 @@ def check_collator(
         raise ConfigError(f"overflow={overflow!r} is none of {', '.join(OVERFLOWS)}.")
     if formatting_func is not None and not callable(formatting_func):
         raise ConfigError(f"formatting_func={formatting_func!r} cannot be called; pass a function of one sample.")
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not is_integer(ignore_index):
         raise ConfigError(f"ignore_index={ignore_index!r} is not a label; pass a whole number, such as -100.")
     for name, value in flags.items():
         check_flag(name, value)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.errors import ConfigError, MissingExtraError
+from fvlm_core.options import check_flag
 from fvlm_core.origin import origin_of
 from fvlm_vision.arguments import positive
 
@@ -34,15 +35,17 @@ def check_engine(fast_inference: bool, gpu_memory_utilization: float, max_lora_r
             f"gpu_memory_utilization={gpu_memory_utilization!r} is not a share of the GPU's memory: "
             "pass a number above 0 and up to 1."
         )
-    if not isinstance(fast_inference, bool):
-        raise ConfigError(f"fast_inference={fast_inference!r} is not a boolean: pass True or False.")
+    check_flag("fast_inference", fast_inference)
     positive("max_lora_rank", max_lora_rank)
-    defaults = {"gpu_memory_utilization": _DEFAULT_SHARE, "max_lora_rank": None}
-    given = {"gpu_memory_utilization": gpu_memory_utilization, "max_lora_rank": max_lora_rank}
-    for name in given if not fast_inference else ():
-        if given[name] != defaults[name]:
-            logger.warning("%s=%s does nothing without fast_inference=True.", name, given[name])
-    if fast_inference and find_spec("vllm") is None:
+    if not fast_inference:
+        given = (
+            ("gpu_memory_utilization", gpu_memory_utilization, _DEFAULT_SHARE),
+            ("max_lora_rank", max_lora_rank, None),
+        )
+        for name, value, default in given:
+            if value != default:
+                logger.warning("%s=%s does nothing without fast_inference=True.", name, value)
+    elif find_spec("vllm") is None:
         raise MissingExtraError(
             "fast_inference=True needs vLLM, which is not installed: pip install fvlm-vision[vllm], "
             "or leave fast_inference out."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fvlm_core.errors import ConfigError
 from fvlm_core.options import check_flag
+from fvlm_vision.arguments import is_integer, is_positive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ def check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, bias: Any, random_
     Raises:
         ConfigError: one cannot be used.
     """
-    if not _is_integer(r) or r < 1:
+    if not is_positive(r):
         raise ConfigError(f"r={r!r} is not a LoRA rank: pass a whole number of at least 1, such as 16.")
     if not _is_number(lora_alpha) or not lora_alpha > 0:
         raise ConfigError(f"lora_alpha={lora_alpha!r} is not a LoRA scale: pass a number above 0, such as 16.")
@@ -48,9 +49,8 @@ def check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, bias: Any, random_
         raise ConfigError(f"lora_dropout={lora_dropout!r} is not a dropout rate: pass a number from 0 to below 1.")
     if bias not in _BIASES:
         raise ConfigError(f"bias={bias!r} is not a choice of biases: pass one of {', '.join(map(repr, _BIASES))}.")
-    if not isinstance(use_rslora, bool):
-        raise ConfigError(f"use_rslora={use_rslora!r} is not a boolean: pass True or False.")
-    if random_state is not None and (not _is_integer(random_state) or not 0 <= random_state < 2**63):
+    check_flag("use_rslora", use_rslora)
+    if random_state is not None and (not is_integer(random_state) or not 0 <= random_state < 2**63):
         raise ConfigError(f"random_state={random_state!r} is not a seed: pass a whole number of at least 0, or None.")
 
 
@@ -83,7 +83,7 @@ def check_names(options: dict[str, Any], model: PreTrainedModel, targets: Sequen
         targets: full names of the modules that get an adapter.
 
     Raises:
-        ConfigError: a name means no module of the model, or a pattern none of those that get an adapter.
+        ConfigError: a name means no module of the model, or a pattern none of those that get an adapter, or nothing.
     """
     saved = options.get("modules_to_save")
     if saved is not None:
@@ -101,7 +101,13 @@ def check_names(options: dict[str, Any], model: PreTrainedModel, targets: Sequen
         if patterns is not None and not isinstance(patterns, dict):
             raise ConfigError(f"{option}={patterns!r} is not a dictionary from names to numbers: pass one.")
         for pattern in patterns or ():
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
+            try:
+                compiled = re.compile(rf"(.*\.)?({pattern})$")  # as PEFT does
+            except re.error as error:
+                raise ConfigError(
+                    f"{option}: {pattern!r} is not a regular expression ({error}): mend it, or write a module's name."
+                ) from None
+            if not any(map(compiled.match, targets)):
                 raise ConfigError(
                     f"{option}: {pattern!r} matches none of the {len(targets)} modules that get an adapter, such as "
                     f"{targets[0]!r}: correct it, or leave it out."
@@ -179,10 +185,6 @@ def _lora_fields() -> dict[str, Any]:
 
     fields = (field for field in dataclasses.fields(LoraConfig) if field.init)
     return {field.name: field.type for field in fields if field.name not in _SETTLED}
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.errors import CheckpointError, ConfigError
+from fvlm_vision.arguments import is_positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -54,7 +55,7 @@ def check_length(max_seq_length: Any, model: PreTrainedModel | None = None) -> N
     Raises:
         ConfigError: it is not a whole number of at least 1.
     """
-    if not isinstance(max_seq_length, int) or isinstance(max_seq_length, bool) or max_seq_length < 1:
+    if not is_positive(max_seq_length):
         raise ConfigError(
             f"max_seq_length={max_seq_length!r} is not a number of tokens: pass a whole number of at least 1."
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from fvlm_core.errors import ConfigError
+from fvlm_vision.arguments import is_positive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,7 +115,7 @@ def resize_policy(
             "min" has nothing to go by.
     """
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and not is_positive(value):
             raise ConfigError(f"{name}={value!r} is not a positive number of pixels.")
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise ConfigError(f"min_pixels={min_pixels} is above max_pixels={max_pixels}; swap them.")
@@ -126,9 +127,9 @@ def resize_policy(
                 "resize='min' needs a model with a fixed image size, and this one has none; pass a number."
             )
         longest = image_size
-    elif _positive(resize):
-        longest = resize  # type: ignore[assignment]
-    elif isinstance(resize, tuple | list) and len(resize) == 2 and all(map(_positive, resize)):
+    elif is_positive(resize):
+        longest = resize
+    elif isinstance(resize, tuple | list) and len(resize) == 2 and all(map(is_positive, resize)):
         exact = (int(resize[0]), int(resize[1]))
     elif resize is not None and resize != "max":
         raise ConfigError(f"resize={resize!r} is none of a positive int, (width, height), 'min' and 'max'.")
@@ -186,7 +187,3 @@ def own_bounds(processor: Any) -> tuple[tuple[int, int] | None, int | None]:
     if {"min_pixels", "max_pixels"} <= set(images.valid_kwargs.__annotations__):
         return ((low, high) if isinstance(low, int) and isinstance(high, int) else None), None
     return None, high if isinstance(high, int) and low is None and patch_grid(processor) > 1 else None
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

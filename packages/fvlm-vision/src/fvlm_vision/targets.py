@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from fvlm_core.arch import PARTS, TOWERS, ArchFacts, LinearModule, Part, Tower, facts_for, linear_modules
 from fvlm_core.errors import ConfigError
+from fvlm_core.options import check_flag
+from fvlm_vision.arguments import is_positive
 from fvlm_vision.selection import Selection, TargetRow, TargetTable
 
 if TYPE_CHECKING:
@@ -100,8 +102,7 @@ def _check_flags(towers: dict[Tower, bool], parts: dict[Part, bool]) -> None:
     flags = {_FLAGS[tower]: value for tower, value in towers.items()}
     flags |= {_PART_FLAGS[part]: value for part, value in parts.items()}
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r} is neither True nor False: pass one of them.")
+        check_flag(name, value)
 
 
 def _by_parts(
@@ -224,7 +225,7 @@ def _last_blocks(
     linears: Sequence[LinearModule], selected: Sequence[LinearModule], last_n_layers: int
 ) -> list[LinearModule]:
     """Keep what lies in the last blocks of its tower, and what lies in a tower without blocks."""
-    if not isinstance(last_n_layers, int) or isinstance(last_n_layers, bool) or last_n_layers < 1:
+    if not is_positive(last_n_layers):
         raise ConfigError(
             f"finetune_last_n_layers={last_n_layers!r} is not a number of layers: pass a whole number of at least 1."
         )

@@ -253,6 +253,7 @@ def test_the_checkpointing_mode_is_applied(base, mode):
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' is not a list"),  # PEFT takes its letters
         ({"rank_pattern": {"x_proj": 2}}, "rank_pattern: 'x_proj' matches none of the 22 modules"),
         ({"alpha_pattern": {"x_proj": 2}}, "alpha_pattern: 'x_proj' matches none"),
+        ({"rank_pattern": {"(q_proj": 2}}, "rank_pattern: '(q_proj' is not a regular expression"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=['q_proj'] is not a dictionary"),
         ({"use_dora": "yes"}, "use_dora='yes' is not a boolean"),
     ],

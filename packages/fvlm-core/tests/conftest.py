@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,3 +39,21 @@ def skeleton() -> Callable[[str], Any]:
             return AutoModelForImageTextToText.from_config(blueprint(family).config)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def fused(tiny: Callable[[str], Path]) -> Any:
+    """A fused Qwen2-VL with adapters on both towers; do not change it."""
+    from fused_tools import adapted_model
+
+    from fvlm_core.fused import fuse_model
+
+    model = adapted_model(tiny("qwen2_vl"))
+    fuse_model(model)
+    return model
+
+
+@pytest.fixture
+def model(fused: Any) -> Any:
+    """A copy of the fused model."""
+    return copy.deepcopy(fused)

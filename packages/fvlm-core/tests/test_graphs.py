@@ -41,11 +41,6 @@ def fused(tiny):
     return model
 
 
-@pytest.fixture
-def model(fused):
-    return copy.deepcopy(fused)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", [True, "auto"])
 @pytest.mark.parametrize("precision", [Precision.HALF, Precision.NF4], ids=str)

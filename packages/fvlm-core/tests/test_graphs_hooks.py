@@ -1,25 +1,11 @@
 """Recorded layers and hooks on them: a replay would not call them, so what they act on is run as it is."""
 
-import copy
-
 import pytest
 import torch
 from fused_tools import adapted_model, assert_equal_step, make_batch, recorded, step, without_mask
 
 from fvlm_core.checkpointing import apply_checkpointing, use_graphs
 from fvlm_core.fused import fuse_model
-
-
-@pytest.fixture(scope="module")
-def fused(tiny):
-    model = adapted_model(tiny("qwen2_vl"))
-    fuse_model(model)
-    return model
-
-
-@pytest.fixture
-def model(fused):
-    return copy.deepcopy(fused)
 
 
 def test_hooks_on_a_layer_are_called(model):

@@ -1,7 +1,5 @@
 """How much recorded layers keep of what they compute under ``use_gradient_checkpointing="auto"``."""
 
-import copy
-
 import pytest
 import torch
 from fused_tools import adapted_model, assert_same_step, kept, make_batch, recorded, step, without_mask
@@ -9,18 +7,6 @@ from fused_tools import adapted_model, assert_same_step, kept, make_batch, recor
 from fvlm_core import ConfigError, Precision, load_model
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
-
-
-@pytest.fixture(scope="module")
-def fused(tiny):
-    model = adapted_model(tiny("qwen2_vl"))
-    fuse_model(model)
-    return model
-
-
-@pytest.fixture
-def model(fused):
-    return copy.deepcopy(fused)
 
 
 @pytest.mark.parametrize(("budget", "layers"), [(2.5 / 1024, 2), (1 / 2**30, 0), (None, 4)])

@@ -2,27 +2,12 @@
 changes. Errors come from a counter here, and from a real limit in ``tests/test_replanning.py``.
 """
 
-import copy
-
 import pytest
 import torch
-from fused_tools import adapted_model, assert_equal_step, kept, make_batch, recorded, step, without_mask
+from fused_tools import assert_equal_step, kept, make_batch, recorded, step, without_mask
 
-from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import layer as recorded_layer
 from fvlm_core.graphs.room import Room
-
-
-@pytest.fixture(scope="module")
-def fused(tiny):
-    model = adapted_model(tiny("qwen2_vl"))
-    fuse_model(model)
-    return model
-
-
-@pytest.fixture
-def model(fused):
-    return copy.deepcopy(fused)
 
 
 class Shortage:

@@ -1,28 +1,14 @@
 """Memory runs out, or a layer does what cannot be recorded, while layers are being recorded: the values stay."""
 
-import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from fused_tools import adapted_model, assert_same_step, kept, make_batch, recorded, step, without_mask
+from fused_tools import assert_same_step, kept, make_batch, recorded, step, without_mask
 
-from fvlm_core.fused import fuse_model
 from fvlm_core.graphs.stage import Stage
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, _Again
-
-
-@pytest.fixture(scope="module")
-def fused(tiny):
-    model = adapted_model(tiny("qwen2_vl"))
-    fuse_model(model)
-    return model
-
-
-@pytest.fixture
-def model(fused):
-    return copy.deepcopy(fused)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """``"auto"`` checkpointing where layers cannot be recorded: they keep what they compute, by the budget."""
 
-import copy
 import gc
 import logging
 
@@ -38,11 +37,6 @@ def fused(request, tiny):
     model = request.param(tiny("qwen2_vl"))
     fuse_model(model)
     return model
-
-
-@pytest.fixture
-def model(fused):
-    return copy.deepcopy(fused)
 
 
 @pytest.fixture

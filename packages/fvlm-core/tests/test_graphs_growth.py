@@ -21,7 +21,7 @@ def sizes_of(number):
 
 
 def held(device):
-    """Bytes of tensors that live, and how many of them: on the device, or those that the collector finds."""
+    """Bytes of tensors that live: on the device, or of those that the collector finds."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

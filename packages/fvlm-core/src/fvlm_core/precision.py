@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from fvlm_core.errors import ConfigError
+from fvlm_core.options import check_flag
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +64,8 @@ def explicit_precision(
         Precision.FULL: full_finetuning,
     }
     for precision, value in given.items():
-        if not isinstance(value, bool) and not (value is None and precision is Precision.NF4):
-            raise ConfigError(f"{precision.argument}={value!r} is not a boolean: pass True or False.")
+        if value is not None or precision is not Precision.NF4:
+            check_flag(precision.argument, value)
     chosen = [precision for precision, value in given.items() if value]
     if len(chosen) > 1:
         names = " and ".join(f"{precision.argument}=True" for precision in chosen)

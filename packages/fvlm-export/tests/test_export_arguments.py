@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ def test_every_argument_arrives(module: ModuleType, tmp_path: Path, monkeypatch:
         seen["options"] = given
         raise _Enough
 
-    monkeypatch.setattr(module, "Job", lambda *given: seen.update(job=given) or SimpleNamespace(reads=list))
+    monkeypatch.setattr(module, "Job", lambda *given: seen.update(job=given))
     monkeypatch.setattr(module, "Options", options)
     function = module.save_pretrained_merged if module is save_module else module.push_to_hub_merged
     with pytest.raises(_Enough):

@@ -132,40 +132,6 @@ def test_bad_arguments(tools: Any, adapter: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
-def test_overwrite_replaces_the_whole_folder(tools: Any, adapter: Path, tmp_path: Path) -> None:
-    base, out = tools.checkpoint(), tmp_path / "out"
-    out.mkdir()
-    (out / "keep.txt").write_text("the user's")
-    with pytest.raises(ConfigError, match="overwrite=True"):
-        merge(adapter, out, base)
-    with pytest.raises(ConfigError, match="holds no model"):
-        merge(adapter, out, base, overwrite=True)
-    (out / "config.json").write_text("{}")
-    assert (out / "keep.txt").read_text() == "the user's"
-    with pytest.raises(CheckpointError):
-        merge(adapter, out, tmp_path / "nowhere", overwrite=True)
-    assert (out / "keep.txt").read_text() == "the user's", "a failed run leaves the old output alone"
-    merge(adapter, out, base, overwrite=True)
-    assert not (out / "keep.txt").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-@pytest.mark.parametrize("kind", ["current", "above the current", "adapter", "base", "another adapter"])
-def test_overwrite_never_takes_what_is_read_or_stood_in(
-    tools: Any, adapter: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, other, here = tools.checkpoint(), tmp_path / "other", tmp_path / "here"
-    shutil.copytree(adapter, other)
-    (here / "inside").mkdir(parents=True)
-    (here / "config.json").write_text("{}")
-    monkeypatch.chdir({"current": here, "above the current": here / "inside"}.get(kind, tmp_path))
-    out = {"adapter": adapter, "base": base, "another adapter": other}.get(kind, here)
-    before = sorted((path, path.stat().st_mtime_ns) for path in Path(out).rglob("*"))
-    with pytest.raises(ConfigError, match="is or holds"):
-        merge(adapter, out, base, overwrite=True, adapters={str(other): 1.0})
-    assert sorted((path, path.stat().st_mtime_ns) for path in Path(out).rglob("*")) == before
-
-
 @pytest.mark.parametrize(
     ("target", "place", "sentence"),
     [

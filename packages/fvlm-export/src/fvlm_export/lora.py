@@ -23,7 +23,7 @@ from fvlm_export.safetensor_file import SafetensorFile, sha256_of
 
 def save_lora(
     model_or_adapter_dir: Any, folder: Path, title: str, processor: Any, training: Training = NO_TRAINING
-) -> None:
+) -> list[Path]:
     """Write an adapter with its processor and a model card into a work folder.
 
     Args:
@@ -32,6 +32,9 @@ def save_lora(
         title: of the model card.
         processor: saved along; None: what lies beside the adapter or its base.
         training: for the card; what is empty in it comes from the adapter's note.
+
+    Returns:
+        The folders that were read.
 
     Raises:
         ConfigError: there is not exactly one adapter to save in what was given.
@@ -78,6 +81,7 @@ def save_lora(
     )
     write_card(folder, report, "peft", title)
     report.write(folder)
+    return [source.folder for source in beside if source.folder is not None]
 
 
 def _save_live(model: Any, folder: Path) -> None:

@@ -102,7 +102,7 @@ def push_to_hub_merged(
     with tempfile.TemporaryDirectory(prefix="fvlm-push-", dir=parent) as staging:
         name = repo.repo_id.rsplit("/", 1)[-1]
         with WorkFolder(Path(staging) / name, overwrite=False, resumable=False) as work:
-            job.run(work.path, name, options, repo.add if delete_uploaded else None)
+            job.run(work, name, options, repo.add if delete_uploaded else None)
             return _send(repo, work.path, message, save_method)
 
 

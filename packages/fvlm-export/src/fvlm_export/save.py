@@ -79,9 +79,9 @@ def save_pretrained_merged(
     training = Training(data, metrics or {})
     size, floats = parse_size(max_shard_size), parse_dtype(dtype)
     output = Path(output_dir).expanduser().absolute()
-    with WorkFolder(output, overwrite=overwrite, reads=job.reads()) as work:
+    with WorkFolder(output, overwrite=overwrite) as work:
         options = Options(save_method, size, floats, verify, progress, training, durable=work.replaces)
-        job.run(work.path, output.name, options)
+        job.run(work, output.name, options)
         work.publish()
     return output
 
@@ -114,21 +114,19 @@ class Job:
         self._model, self._processor, self._method = model, processor, save_method
         self._base, self._adapters, self._token, self._trust = base, adapters, token, trust_remote_code
 
-    def reads(self) -> list[str | os.PathLike[str]]:
-        """Return the folders that it reads, and the names that could be folders."""
-        named = [self._model, self._base, *(self._adapters or ())]
-        return [
-            name for name in named if isinstance(name, os.PathLike) or (isinstance(name, str) and Path(name).exists())
-        ]
-
-    def run(self, folder: Path, title: str, options: Options, sink: Callable[[Path, str], None] | None = None) -> None:
+    def run(
+        self, work: WorkFolder, title: str, options: Options, sink: Callable[[Path, str], None] | None = None
+    ) -> None:
         """Write everything into a work folder; see :func:`fvlm_export.build.build`."""
+        folder = work.path
         if self._method == "lora":
             if options.dtype is not None:
                 raise ConfigError("save_method='lora' saves the adapter in its own dtype; leave dtype= out.")
-            save_lora(self._model, folder, title, self._processor, options.training)
+            work.check_reads(save_lora(self._model, folder, title, self._processor, options.training))
         else:
-            build(self._task(folder / SCRATCH), folder, title, self._processor, options, sink)
+            task = self._task(folder / SCRATCH)
+            work.check_reads(task.reads)
+            build(task, folder, title, self._processor, options, sink)
 
     def _task(self, scratch: Path) -> Task:
         if isinstance(self._model, (str, os.PathLike)):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Task:
     trust: bool = False
     revision: str | None = None
     training: Training = NO_TRAINING
+
+    @property
+    def reads(self) -> list[Path]:
+        """The folders that it reads."""
+        return [source.folder for source in (self.source, *self.files_from) if source and source.folder]
 
     @property
     def device(self) -> torch.device:

@@ -30,6 +30,7 @@ from fvlm_export.resume import keep_finished
 
 LOCK, SCRATCH = ".lock", ".base"  # neither is part of the result
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}  # what a rename onto a full folder or a file says
 _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 
@@ -43,12 +44,12 @@ class WorkFolder:
 
     Args:
         output: where the result goes.
-        overwrite: whether an existing output may be replaced: a folder with a model or an adapter in it, in which
-            neither the process nor what is read stands.
+        overwrite: whether an existing output may be replaced: a folder with a model or an adapter in it, in which the
+            process does not stand; see also :meth:`check_reads`.
         resumable: whether finished shards stay where a run was broken off.
-        reads: folders that the result is made of.
 
     Attributes:
+        output: where the result goes, with links followed: what they point to is replaced, not they.
         replaces: whether there is an older output that the result will take the place of.
 
     Raises:
@@ -56,19 +57,29 @@ class WorkFolder:
         ExportError: the folder cannot be made.
     """
 
-    def __init__(
-        self, output: Path, *, overwrite: bool, resumable: bool = True, reads: Iterable[str | os.PathLike[str]] = ()
-    ) -> None:
-        self.output, self._resumable = output, resumable
+    def __init__(self, output: Path, *, overwrite: bool, resumable: bool = True) -> None:
+        self.output, self._resumable = output.resolve(), resumable
         self._lock: TextIO
-        self.path = output.parent / f".{output.name}.unfinished"
+        self.path = self.output.parent / f".{self.output.name}.unfinished"
         if output.exists() and not output.is_dir():
             raise ConfigError(f"output_dir={str(output)!r} is a file; name a folder.")
         self.replaces = output.is_dir() and any(output.iterdir())
         if self.replaces and not overwrite:
             raise ConfigError(f"output_dir={str(output)!r} is not empty; pass overwrite=True to replace it.")
         if self.replaces:
-            _check_replaceable(output, reads)
+            _check_replaceable(output)
+
+    def check_reads(self, folders: Iterable[str | os.PathLike[str]]) -> None:
+        """Check that the output takes the place of nothing that the result is made of, which would be deleted.
+
+        Raises:
+            ConfigError: it does.
+        """
+        for folder in folders if self.replaces else ():
+            if Path(folder).expanduser().resolve().is_relative_to(self.output):
+                raise ConfigError(
+                    f"output_dir={str(self.output)!r} is or holds {str(folder)!r}, which is read; name another."
+                )
 
     def __enter__(self) -> WorkFolder:
         try:
@@ -102,11 +113,22 @@ class WorkFolder:
             return 0
 
     def publish(self) -> None:
-        """Make the finished folder the output, in one step."""
+        """Make the finished folder the output, in one step.
+
+        Raises:
+            ConfigError: the output was empty or not there, and is not now.
+        """
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         (self.path / LOCK).unlink()
-        if not self.output.exists() or not any(self.output.iterdir()):
-            os.rename(self.path, self.output)  # rename(2) replaces an empty folder
+        if not (self.replaces and self.output.exists()):
+            try:
+                os.rename(self.path, self.output)  # rename(2) replaces an empty folder, and no other
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                raise ConfigError(
+                    f"output_dir={str(self.output)!r} was filled by another meanwhile; save again, elsewhere."
+                ) from error
             return
         for path in (*self.path.rglob("*"), self.path):
             _to_disk(path)  # or a loss of power could leave neither the old output nor a whole new one
@@ -114,14 +136,10 @@ class WorkFolder:
         _to_disk(self.output.parent)
 
 
-def _check_replaceable(output: Path, reads: Iterable[str | os.PathLike[str]]) -> None:
+def _check_replaceable(output: Path) -> None:
     """Refuse to replace, which is to delete, what can hardly be meant."""
-    place = output.resolve()
-    if Path.cwd().is_relative_to(place):
+    if Path.cwd().is_relative_to(output.resolve()):
         raise ConfigError(f"output_dir={str(output)!r} is or holds the current folder; name another.")
-    for path in reads:
-        if Path(path).expanduser().resolve().is_relative_to(place):
-            raise ConfigError(f"output_dir={str(output)!r} is or holds {str(path)!r}, which is read; name another.")
     if not any((output / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise ConfigError(
             f"output_dir={str(output)!r} holds no model that overwrite=True could replace; name another, or empty it."

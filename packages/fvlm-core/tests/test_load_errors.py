@@ -169,7 +169,7 @@ def test_an_unknown_option_names_the_nearest(copy):
         ({"trust_remote_code": "no"}, "trust_remote_code='no' is not a boolean"),  # any text would be taken for True
         ({"fused_layers": "yes"}, "fused_layers='yes' is not a boolean"),
         ({"revision": 5}, "revision=5 is not a branch"),
-        ({"token": 5}, "token is a int"),
+        ({"token": 5}, "token is of type int"),
     ],
 )
 def test_a_value_that_would_be_taken_for_another(copy, options, message):

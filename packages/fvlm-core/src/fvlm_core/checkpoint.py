@@ -111,7 +111,7 @@ def find_source(
     if revision is not None and (not isinstance(revision, str) or not revision):
         raise ConfigError(f"revision={revision!r} is not a branch, tag or commit: pass its name, or None.")
     if token is not None and not isinstance(token, str | bool):
-        raise ConfigError(f"token is a {type(token).__name__}: pass its text, True for the stored one, or None.")
+        raise ConfigError(f"token is of type {type(token).__name__}: pass its text, True for the stored one, or None.")
     name = os.path.expanduser(os.fspath(model_name)) if str(model_name).startswith("~") else os.fspath(model_name)
     path = Path(name)
     if path.is_file():

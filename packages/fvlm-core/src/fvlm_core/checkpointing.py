@@ -144,12 +144,12 @@ def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
     """
     chosen = canonical_mode(mode)
     base = _base_model(model)
-    if chosen == "auto" and graphs_of(base) is None:
+    graphs = graphs_of(base)
+    if chosen == "auto" and graphs is None:
         logger.info(
             "use_gradient_checkpointing='auto' is 'offload' here: the model does not lie on one GPU with fused layers."
         )
         chosen = "offload"
-    graphs = graphs_of(base)
     if graphs is not None and graphs.memory_budget is not None and chosen != "auto":
         raise ConfigError(
             f"memory_budget={graphs.memory_budget!r} is for what layers keep, and under use_gradient_checkpointing="

@@ -232,8 +232,8 @@ class RecordedLayer:
 
     def release(self) -> None:
         """Give up the recordings and the memory that they hold; a backward pass that is still due runs unrecorded."""
-        self._released, self._held = True, None
-        self._forward_tape = self._backward_tape = self._kept_backward_tape = None
+        self.forget_kept()
+        self._released, self._backward_tape = True, None
 
     def _results(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         stage = self.stage

@@ -230,21 +230,21 @@ class LayerGraphs:
                 return None
         except torch.OutOfMemoryError:
             if not self.holds:  # else it is tried again without what is held
-                self._leave_unrecorded(type(module), key)
+                self._leave_unrecorded(key)
             raise
         kind.layers[module] = recorded
         return recorded, tuple(fit.kwargs.values())
 
-    def _leave_unrecorded(self, layer: type[nn.Module], key: Key) -> None:
+    def _leave_unrecorded(self, key: Key) -> None:
         """Note that there is no memory to record a shape: neither it nor any larger one of such layers is tried again.
 
         What is recorded is freed, for the layer itself may need that memory; smaller shapes are recorded anew.
         """
-        self._too_large[layer] = prod(key[1])
+        self._too_large[key[0]] = prod(key[1])
         self._drop_recordings(stages=True)
         logger.warning(
             "No memory to record %s for hidden states of shape %s: such layers, and larger ones, run as they are.",
-            layer.__name__,
+            key[0].__name__,
             tuple(key[1]),
         )
 

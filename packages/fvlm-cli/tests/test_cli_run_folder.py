@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fvlm_cli.config.schema import DataSection, LoraSection, ModelSection, SaveSection, TrainConfig
+from fvlm_cli.config.schema import DataSection, EvalSection, LoraSection, ModelSection, SaveSection, TrainConfig
+from fvlm_cli.evaluation.rows import scores_of
 from fvlm_cli.training.resume import last_complete
 from fvlm_cli.training.run_folder import RunFolder, whole
-from fvlm_core.errors import ConfigError
+from fvlm_core.errors import ConfigError, DataError
 
 
 def config(folder: Path, r: int = 4, overwrite: bool = False) -> TrainConfig:
@@ -52,6 +53,19 @@ def test_a_run_is_resumed_with_the_same_adapters_only(tmp_path: Path) -> None:
     folder.prepare(config(tmp_path), resume=True)
     with pytest.raises(ConfigError, match=r"lora\.r=4 and the config says 8"):
         folder.prepare(config(tmp_path, r=8), resume=True)
+
+
+def test_what_a_resumed_run_reads_may_be_damaged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for junk in (b"\xff\xfe", b"{"):
+        folder.config.write_bytes(junk)
+        with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
+            folder.prepare(config(tmp_path), resume=True)
+    answers = tmp_path / "before.jsonl"
+    for junk in (b"\xff\xfe", b"{", b"[]", b"{}", b"[" * 200_000):
+        answers.write_bytes(junk)
+        with pytest.raises(DataError, match=r"before\.jsonl is damaged"):
+            scores_of(answers, EvalSection())
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     """Make a typer command of a function that takes `out: Output` beside its own arguments and options.
 
     The command has the options that every verb has. What the function raises and a user can mend becomes one sentence
-    on stderr and an exit code; anything else is a bug and keeps its traceback.
+    on stderr and an exit code; anything else is a bug, of which `fvlm_cli.main` says what it is.
     """
     signature = inspect.signature(function, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "out"]
@@ -46,7 +46,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             if given.get("settings"):
                 check_settings(given["settings"], options)
             function(**given, out=out)
-        except BrokenPipeError:  # whoever read our output has had enough: typer ends quietly
+        except BrokenPipeError:  # whoever read our output has had enough: `fvlm_cli.main` ends quietly
             raise
         except HANDLED as error:
             raise typer.Exit(_report(error, out)) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fvlm_cli.bars import track
+from fvlm_cli.checked import ANSWERS, check
 from fvlm_cli.config.schema import EvalSection
 from fvlm_cli.data.row import Row
 from fvlm_cli.evaluation.metrics import METRICS, Score, score, summary
@@ -68,9 +69,11 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
         DataError: the file is damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise DataError(f"{path} is damaged; evaluate again.") from None
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise DataError(f"{path} is damaged; put back what the run wrote, or run it anew.") from None
+    answers: list[dict[str, Any]] = check(path, lines, ANSWERS)
+    return answers
 
 
 def scores_of(path: Path, section: EvalSection) -> dict[str, float]:

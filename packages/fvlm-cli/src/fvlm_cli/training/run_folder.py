@@ -79,7 +79,7 @@ class RunFolder:
             raise ConfigError(f"{self.root} holds no run to resume; leave --resume out to start one.")
         try:
             before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
+        except (UnicodeDecodeError, yaml.YAMLError):
             raise ConfigError(f"{self.config} is damaged; start anew with save.overwrite=true.") from None
         now = config.to_save()
         for path in FIXED:

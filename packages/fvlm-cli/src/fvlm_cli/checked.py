@@ -1,4 +1,4 @@
-"""What the files of a run must hold for a page to be made of them; anyone may have edited or torn them since."""
+"""What the files of a run must hold to be reported on or gone on from; anyone may have edited or torn them since."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ def check(path: Path, content: Any, kind: TypeAdapter[Any]) -> Any:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         what = f"{place}: {first['msg']}" if place else first["msg"]
-        raise DataError(f"{path} is damaged ({what}); the run cannot be reported on.") from None
+        raise DataError(f"{path} is damaged ({what}); put back what the run wrote, or run it anew.") from None
     return content

@@ -66,6 +66,50 @@ def test_torn_base(tools: Any, adapter: Path, tmp_path: Path) -> None:
     assert empty(outputs)
 
 
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"weights": {}}', "holds no weight_map"),
+        ('{"weight_map": {"lm_head.weight": 1}}', "holds no weight_map"),
+        ('{"weight_map": {"lm_head.weight": "model-9.safetensors"}}', r"lacks model-9\.safetensors"),
+        ('{"weight_map": {"lm_head.weight": "SHARD"}}', r"lacks \d+ parameters"),
+    ],
+)
+def test_a_base_with_a_broken_index(tools: Any, adapter: Path, tmp_path: Path, written: str, sentence: str) -> None:
+    base = tmp_path / "base"
+    tools.load(tools.checkpoint()).save_pretrained(base, max_shard_size="400KB")
+    shard = min(path.name for path in base.glob("*.safetensors"))
+    (base / "model.safetensors.index.json").write_text(written.replace("SHARD", shard))
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        merge(adapter, tmp_path / "out", base)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_index_that_names_another_shard_or_is_left_over_misleads_nobody(
+    tools: Any, adapter: Path, tmp_path: Path
+) -> None:
+    """What a file holds its header says; and transformers reads one file rather than an index beside it."""
+    base, index = tmp_path / "base", "model.safetensors.index.json"
+    tools.load(tools.checkpoint()).save_pretrained(base, max_shard_size="400KB")
+    content = json.loads((base / index).read_text())
+    shards = sorted(set(content["weight_map"].values()))
+    following = dict(zip(shards, [*shards[1:], shards[0]], strict=True))
+    content["weight_map"] = {name: following[shard] for name, shard in content["weight_map"].items()}
+    (base / index).write_text(json.dumps(content))
+    one = shutil.copytree(tools.checkpoint(), tmp_path / "one")
+    (one / index).write_text(json.dumps(content))
+    merged = [
+        load_file(merge(adapter, tmp_path / name, folder) / "model.safetensors")
+        for name, folder in {"whole": tools.checkpoint(), "mixed": base, "left over": one}.items()
+    ]
+    for other in merged[1:]:
+        assert other.keys() == merged[0].keys()
+        assert all(torch.equal(value, merged[0][name]) for name, value in other.items())
+
+
 def test_torn_adapter(tools: Any, adapter: Path, tmp_path: Path) -> None:
     base = tools.checkpoint()
     outputs = tmp_path / "outputs"

@@ -164,25 +164,35 @@ def check_weights(source: Source, variant: str | None = None) -> None:
     folder = source.folder
     if folder is None:
         return
-    suffix = f".{variant}" if variant else ""
-    weights, index = folder / _WEIGHTS.format(variant=suffix), folder / _INDEX.format(variant=suffix)
-    if weights.is_file():
-        shards = [weights]
-    elif index.is_file():
-        weight_map = (source.json(index.name) or {}).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} holds no weight_map: save or download the checkpoint again.")
-        shards = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
+    single, index = _weight_file_names(variant)
+    if not (folder / single).is_file() and not (folder / index).is_file():
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
         if pickled:
             raise CheckpointError(
                 f"{source.name!r} has pickled weights only ({pickled[0]}), which can run any code when they are "
                 "loaded: convert them to safetensors where you trust them."
             )
-        raise CheckpointError(f"{source.name!r} has no {weights.name} and no {index.name}: its weights are missing.")
-    for shard in shards:
-        _check_shard(shard)
+        raise CheckpointError(f"{source.name!r} has no {single} and no {index}: its weights are missing.")
+    for name in shard_names(source, variant):
+        _check_shard(folder / name)
+
+
+def shard_names(source: Source, variant: str | None = None) -> list[str]:
+    """The names of the checkpoint's safetensors files; as transformers does, one file goes before an index beside it.
+
+    Raises:
+        CheckpointError: the index is not one.
+    """
+    single, index = _weight_file_names(variant)
+    if source.folder is not None and (source.folder / single).is_file():
+        return [single]
+    content = source.json(index)
+    if content is None:
+        return [single]
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} of {source.name!r} holds no weight_map: save or download the checkpoint again.")
+    return sorted(set(weight_map.values()))
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -204,16 +214,19 @@ def weight_files(source: Source, variant: str | None = None) -> list[Path]:
     """The checkpoint's safetensors files, downloaded if need be.
 
     Raises:
-        CheckpointError: there are none, or one is missing.
+        CheckpointError: there are none, one is missing, or their index is not one.
     """
-    suffix = f".{variant}" if variant else ""
-    index = source.json(_INDEX.format(variant=suffix))
-    names = sorted(set(index["weight_map"].values())) if index else [_WEIGHTS.format(variant=suffix)]
+    names = shard_names(source, variant)
     found = [source.file(name) for name in names]
     missing = [name for name, path in zip(names, found, strict=True) if path is None]
     if missing:
         raise CheckpointError(f"{source.name!r} lacks {missing[0]}: its weights are incomplete.")
     return [path for path in found if path is not None]
+
+
+def _weight_file_names(variant: str | None) -> tuple[str, str]:
+    suffix = f".{variant}" if variant else ""
+    return _WEIGHTS.format(variant=suffix), _INDEX.format(variant=suffix)
 
 
 def _check_shard(path: Path) -> None:

@@ -7,10 +7,10 @@ run would go on from the base, with a warning.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fvlm_core.checkpoint import find_source, weight_files
 from fvlm_core.errors import CheckpointError
 from fvlm_export.layout import Layout
 from fvlm_export.safetensor_file import SafetensorFile
@@ -37,7 +37,8 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing or torn, or its weights are not those of such a model.
     """
-    files = {name: file for file in _files(folder) for name in file.infos}
+    opened = [SafetensorFile(path) for path in weight_files(find_source(folder))]
+    files = {name: file for file in opened for name in file.infos}
     shapes = {name: file.infos[name].shape for name, file in files.items()}
     layout, slots = Layout.of_checkpoint(skeleton_of(model.config, type(model)), shapes)
     places = model.state_dict()
@@ -55,14 +56,3 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
             places[name].copy_(value)
         for stored in slot.stored:
             files[stored].release(stored)
-
-
-def _files(folder: Path) -> list[SafetensorFile]:
-    index = folder / _INDEX
-    if not index.is_file():
-        return [SafetensorFile(folder / _ONE)]
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weights; resume from an earlier checkpoint.") from error
-    return [SafetensorFile(folder / name) for name in names]

@@ -23,13 +23,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status
 
-from fvlm_core.checkpoint import Source, weight_files
+from fvlm_core.checkpoint import Source, shard_names, weight_files
 from fvlm_core.errors import CheckpointError
 from fvlm_export.retry import cause_of, patiently, status_of
 from fvlm_export.safetensor_file import Buffers, SafetensorFile, TensorInfo, torch_dtype
 
 _ERRORS = (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Shard(Protocol):
@@ -187,8 +186,7 @@ def open_shards(source: Source, folder: Path) -> Sequence[Shard]:
     """
     if source.folder is not None or source.hub:
         return [SafetensorFile(path) for path in weight_files(source)]
-    index = source.json(INDEX)
-    names = sorted(set(index["weight_map"].values())) if index else [SINGLE]
+    names = shard_names(source)
     cached = [try_to_load_from_cache(source.name, name, revision=source.revision) for name in names]
     return [
         SafetensorFile(Path(found)) if isinstance(found, str) else RemoteShard(source, name, folder)

@@ -154,9 +154,8 @@ def _write_and_check(
 
 
 def _how(base: Base, plan: Plan, options: Options, sink: Callable[[Path, str], None] | None) -> How:
-    stored = isinstance(base, CheckpointBase)
-    ahead = sink is None and not (isinstance(base, CheckpointBase) and not base.at_hand)
-    lanes = lanes_for(plan) if ahead and stored else 1
+    ahead = sink is None and (not isinstance(base, CheckpointBase) or base.at_hand)
+    lanes = lanes_for(plan) if ahead and isinstance(base, CheckpointBase) else 1
     return How(options.progress, ahead=ahead, lanes=lanes, durable=options.durable, clock=options.clock)
 
 

@@ -57,12 +57,18 @@ class Merger:
         Raises:
             ExportError: a merged value is not finite.
         """
-        params = self._read(item) or self.unmerged(item)
+        own = self._read(item)
+        params = self.unmerged(item) if own is None else own
         if params is None:
             stored = self.base.stored(item.slot, self.device)
             return {info.name: stored[info.name].to(info.dtype) for info in item.values}
         dtype = item.values[0].dtype
-        merged = {name: self._merged(item, name, value, dtype) for name, value in params.items()}
+        merged = {
+            name: merge_rounded(value, item.changes[name], dtype, None if own is None else value)
+            if name in item.changes
+            else value
+            for name, value in params.items()
+        }
         found = self.base.layout.to_stored(item.slot, merged)
         for info in item.values:
             shape = tuple(found[info.name].shape)
@@ -75,37 +81,28 @@ class Merger:
                 raise ExportError(f"merging {info.name!r} gives NaN or infinity in {dtype}; pass dtype='bfloat16'.")
         return {info.name: found[info.name].to(info.dtype) for info in item.values}
 
-    def _merged(self, item: Item, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if name not in item.changes:
-            return value
-        return merge_rounded(value, item.changes[name], dtype, value if self._in_place(item) else None)
-
-    def _in_place(self, item: Item) -> bool:
-        """Whether an item is read into memory of our own, and merged and written from there."""
-        if (
-            self.device.type != "cpu"
-            or not item.changes
-            or item.copy_of is not None
-            or item.slot.conversion is not None
-        ):
-            return False
-        (param,), (info,) = item.slot.params, item.values
-        as_stored = item.outputs == item.values and self.base.infos.get(info.name) == info and param not in self._live
-        return as_stored and self.base.file_of(info.name) is not None
-
     def _read(self, item: Item) -> dict[str, torch.Tensor] | None:
-        """Read an item's parameter into memory of our own: faster than by the page, if all of it is needed."""
-        if not self._in_place(item):
+        """Read an item's parameter into memory of our own, to be merged and written from there; None: it cannot be.
+
+        That is faster than by the page, if all of it is needed.
+        """
+        if self.device.type != "cpu" or not item.changes or item.slot.conversion is not None:
             return None
-        (info,) = item.values
-        file, value = self.base.file_of(info.name), self._scratch.take(info.shape, info.dtype)
-        if file is not None:
-            file.read(info.name, as_bytes(value))
-        return {item.slot.params[0]: value}
+        file = self._file_as_planned(item)
+        if file is None:
+            return None
+        (param,), (info,) = item.slot.params, item.values
+        value = self._scratch.take(info.shape, info.dtype)
+        file.read(info.name, as_bytes(value))
+        return {param: value}
 
     def copied_from(self, item: Item) -> Shard | None:
         """Return the base's file whose bytes an item keeps; None: its values are computed, cast or quantized."""
-        if len(item.values) != 1 or item.outputs != item.values or item.changes or item.copy_of is not None:
+        return None if item.changes else self._file_as_planned(item)
+
+    def _file_as_planned(self, item: Item) -> Shard | None:
+        """Return the base's file that holds an item, before the adapters, in the dtype and shape that is planned."""
+        if len(item.values) != 1 or item.outputs != item.values or item.copy_of is not None:
             return None
         (info,) = item.values
         if self.base.infos.get(info.name) != info or any(param in self._live for param in item.slot.params):

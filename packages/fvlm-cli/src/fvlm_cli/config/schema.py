@@ -271,9 +271,11 @@ class TrainConfig(Section):
         Returns:
             What was written, by name; those that stand for numbers are not among them, since they hold no secret.
         """
-        plain, written = (self.model_dump(mode="json")[section], self.to_save()[section])
-        found = {}
-        for holder, names in ((plain, written), (plain.get("extra") or {}, written.get("extra") or {})):
-            changed = {name: value for name, value in names.items() if name != "extra" and value != holder.get(name)}
-            found.update({name: value for name, value in changed.items() if not isinstance(holder[name], int | float)})
-        return found
+        plain, written = self.model_dump(mode="json")[section], self.to_save()[section]
+        pairs = ((plain, written), (plain.get("extra") or {}, written.get("extra") or {}))
+        return {
+            name: text
+            for values, texts in pairs
+            for name, text in texts.items()
+            if name != "extra" and text != values.get(name) and not isinstance(values.get(name), int | float)
+        }

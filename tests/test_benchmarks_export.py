@@ -20,12 +20,14 @@ def run(monkeypatch):
 
 def test_copy_and_merge_leave_rows_and_nothing_else(run, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    assert run.main([str(tmp_path / "work"), "--gb", "0", "--no-verify-too", "--out", str(out), "--commit", "abc"]) == 0
+    asked = ["--gb", "0", "--no-verify-too", "--replace", "--out", str(out), "--commit", "abc"]
+    assert run.main([str(tmp_path / "work"), *asked]) == 0
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["verify"] for row in rows] == [True, False]
     size = sum(path.stat().st_size for path in (tmp_path / "work" / "base").glob("*.safetensors"))
     for row in rows:
         assert row["commit"] == "abc"
+        assert row["replaced"]
         assert row["gb"] == pytest.approx(size / 1e9)
         assert row["mb_s"] == pytest.approx(size / 1e6 / row["merge_s"])
         assert row["merged"] > 10

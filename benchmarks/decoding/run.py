@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels.card import ROOT, ceilings, provenance
+from benchmarks.kernels.card import ROOT, append_row, ceilings, provenance
 from benchmarks.kernels.clock import Clock
 from benchmarks.training.sizes import SIZES, write_checkpoint
 from benchmarks.training.stacks import STACKS
@@ -86,10 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         row |= {"model": options.size, "first_difference": apart, "limit_tokens_s": limit * options.rows}
         row |= provenance(device, options.commit)
         print(_line(options.size, row))
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(row, options.out)
     return status
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels.card import ROOT, provenance
+from benchmarks.kernels.card import ROOT, append_row, provenance
 from benchmarks.training.run import apart
 from benchmarks.training.sizes import SIZES, write_checkpoint
 from benchmarks.training.workloads import WORKLOADS
@@ -110,13 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = {row["run"]: row for row in found}
         tell(workload, rows)
         wrong += [f"{workload} {sentence}" for sentence in judge(rows)]
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            about = {"model": options.size, "workload": workload, "mode": options.mode, "optim": options.optim}
-            with options.out.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({**about, **row, **provenance(device, options.commit)}) + "\n" for row in found
-                )
+        about = {"model": options.size, "workload": workload, "mode": options.mode, "optim": options.optim}
+        for row in found:
+            append_row({**about, **row, **provenance(device, options.commit)}, options.out)
     if options.balanced:
         found = worker("benchmarks.distributed.balanced", 1, [str(options.folder)])
         wrong += [] if found else ["the model on two GPUs failed"]

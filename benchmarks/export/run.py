@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from benchmarks.export.checkpoint import write_adapter, write_base
-from benchmarks.kernels.card import ROOT, provenance
+from benchmarks.kernels.card import ROOT, append_row, provenance
 
 from fvlm_core.checkpoint import CONFIG
 
@@ -188,11 +188,7 @@ def store(row: dict[str, Any], options: argparse.Namespace) -> None:
             f"{row['device']}, verify={row['verify']}: {took / row['cp_s']:.2f} x cp, "
             f"{took / row['cp_sync_s']:.2f} x cp + sync"
         )
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        full = {**row, **provenance(torch.device(row["device"]), options.commit)}
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(full) + "\n")
+    append_row({**row, **provenance(torch.device(row["device"]), options.commit)}, options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels.card import ROOT, provenance
+from benchmarks.kernels.card import ROOT, append_row, provenance
 from benchmarks.training.published import PUBLISHED
 from benchmarks.training.sizes import SIZES
 
@@ -128,10 +128,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> int:
             status = 1
             continue
         print(f"[{time.monotonic() - begun:.0f} s] {described(row)}", flush=True)
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"benchmark": "families", **row, **provenance(device, options.commit)}) + "\n")
+        append_row({"benchmark": "families", **row, **provenance(device, options.commit)}, options.out)
     if spare is not None:
         spare.close()
     return status

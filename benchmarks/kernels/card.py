@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from collections.abc import Callable
@@ -51,6 +52,14 @@ def provenance(device: torch.device, at: str | None) -> dict[str, str | None]:
         "liger": _version("liger-kernel"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def append_row(row: dict[str, Any], out: Path | None) -> None:
+    """Append a row to a file of results, where one is asked for."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _best(clock: Clock, call: Callable[[], Any], repeats: int = 15) -> float:

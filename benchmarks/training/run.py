@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels.card import ROOT, provenance
+from benchmarks.kernels.card import ROOT, append_row, provenance
 from benchmarks.training.sizes import SIZES, write_checkpoint
 from benchmarks.training.stacks import STACKS
 from benchmarks.training.workloads import WORKLOADS
@@ -93,10 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{options.size} {workload} {stack} {row['mode']}: {row['step_s']:.3f} s a step{peak}  load "
                     f"{row['load_s']:.1f} s  losses {100 * distance:.2f} % from the first's"
                 )
-                if options.out is not None:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                append_row(row, options.out)
     return status
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import statistics
 import sys
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kernels.card import provenance
+from benchmarks.kernels.card import append_row, provenance
 from benchmarks.training.run import TOLERANCE, apart
 from benchmarks.training.sizes import SIZES, write_checkpoint
 from benchmarks.training.stacks import STACKS
+from benchmarks.training.worker import training_arguments
 from benchmarks.training.workloads import WORKLOADS, Workload, samples
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from fvlm_vision import FastVisionTrainer
 
@@ -83,26 +83,8 @@ def encoded(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
 
 def arguments_of(options: argparse.Namespace, workload: Workload, workers: int | None, scratch: str) -> Any:
     """Return the trainer's settings; `workers` None: a row is a batch that lies ready."""
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=scratch,
-        per_device_train_batch_size=1 if workers is None else workload.batch,
-        gradient_accumulation_steps=workload.accumulation,
-        dataloader_num_workers=workers or 0,
-        max_steps=options.steps,
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        optim=options.optim,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        train_sampling_strategy="sequential",
-        bf16=cuda,
-        use_cpu=not cuda,
-        disable_tqdm=True,
-        seed=3407,
-    )
+    batch = 1 if workers is None else workload.batch
+    return training_arguments(options, batch, workload.accumulation, scratch, dataloader_num_workers=workers or 0)
 
 
 def trained(trainer: WaitingTrainer, warmup: int) -> dict[str, Any]:
@@ -149,10 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['waited']:.2%} of the time), {row['images_s']:.1f} images/s"
             + (f"; the loader alone {row['loader_images_s']:.1f} images/s" if "loader_images_s" in row else "")
         )
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(row, options.out)
     return int(any(apart(row["losses"], rows[0]["losses"]) > TOLERANCE for row in rows))
 
 

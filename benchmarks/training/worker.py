@@ -42,7 +42,14 @@ def train(options: argparse.Namespace) -> dict[str, object]:
         set_seed(3407)
         trainer = _trainer_of(options.stack)(
             model=model,
-            args=_arguments(options, mode, workload.accumulation, scratch),
+            args=training_arguments(
+                options,
+                1,  # one row is a batch that was collated beforehand
+                workload.accumulation,
+                scratch,
+                gradient_checkpointing=bool(mode) and options.stack != "fvlm",
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+            ),
             data_collator=lambda rows: dict(ready[rows[0]]),
             train_dataset=list(range(len(ready))),
             callbacks=[clock],
@@ -88,14 +95,15 @@ def _clock(warmup: int) -> Any:
     return Clock()
 
 
-def _arguments(options: argparse.Namespace, mode: bool | str, accumulation: int, scratch: str) -> Any:
+def training_arguments(options: argparse.Namespace, batch: int, accumulation: int, scratch: str, **others: Any) -> Any:
+    """Return a trainer's settings: the same for every stack, but for what `others` says."""
     import torch
     from transformers import TrainingArguments
 
     cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=scratch,
-        per_device_train_batch_size=1,  # one row is a batch that was collated beforehand
+        per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_steps=options.steps,
         learning_rate=2e-4,
@@ -106,12 +114,11 @@ def _arguments(options: argparse.Namespace, mode: bool | str, accumulation: int,
         report_to="none",
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
-        gradient_checkpointing=bool(mode) and options.stack != "fvlm",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=cuda,
         use_cpu=not cuda,
         disable_tqdm=True,
         seed=3407,
+        **others,
     )
 
 

@@ -119,7 +119,7 @@ def _partial_kernel(
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
     if APPENDS:  # the first program of a head begins with the token itself, and keeps it
-        mask_d = (offs_d < D) & (split == 0)
+        mask_d = offs_d < tl.where(split == 0, D, 0)
         own_k = tl.load(new_k_ptr + batch * stride_nkb + head * stride_nkh + offs_d, mask=mask_d, other=0.0)
         own_v = tl.load(new_v_ptr + batch * stride_nvb + head * stride_nvh + offs_d, mask=mask_d, other=0.0)
         tl.store(

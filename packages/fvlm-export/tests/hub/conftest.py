@@ -23,7 +23,6 @@ import huggingface_hub
 import pytest
 
 TOKEN = "hf_testtokenthatmustnevershow"
-COMMIT = "0" * 40  # of whatever lies there
 READ_ONLY = "hf_readonlytokenofsomebody"
 
 
@@ -56,6 +55,11 @@ class Hub:
 
     def add(self, name: str, files: dict[str, bytes]) -> None:
         self.repos[name] = Repo(branches={"main": files})
+
+    @staticmethod
+    def commit_of(revision: str) -> str:
+        """Return the commit of a branch, or `revision` if it is one: downloads ask for a branch's and go on by that."""
+        return revision if re.fullmatch("[0-9a-f]{40}", revision) else hashlib.sha1(revision.encode()).hexdigest()
 
     def fail(self, method: str, path: str, what: int | str, times: int = 1, **headers: str) -> None:
         self.faults.append(Fault(method, path, what, times, headers))
@@ -155,10 +159,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.may_write(name):
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = {True: "lfs", False: "regular"}
-            files = [
-                {"path": name, "uploadMode": modes[name.endswith(".safetensors")], "shouldIgnore": False}
-                for name in names
-            ]
+            files = [{"path": n, "uploadMode": modes[n.endswith(".safetensors")], "shouldIgnore": False} for n in names]
             self.answer(200, {"files": files})
 
     def batch(self, body: bytes, name: str) -> None:
@@ -215,11 +216,11 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and self.user() != name.split("/")[0]):
             self.answer(404 if self.user() else 401, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
             return None
-        branch = "main" if re.fullmatch("[0-9a-f]{40}", revision) else revision
-        if branch not in repo.branches:
+        by_commit = {Hub.commit_of(branch): held for branch, held in repo.branches.items()}
+        files = by_commit.get(Hub.commit_of(revision))
+        if files is None:
             self.answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
-            return None
-        return repo.branches[branch]
+        return files
 
     def tree(self, body: bytes, name: str, revision: str) -> None:
         files = self.files(name, revision)
@@ -230,11 +231,11 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self.answer(200, entries)
 
-    def info(self, body: bytes, name: str, revision: str | None = None) -> None:
-        files = self.files(name, revision or "main")
+    def info(self, body: bytes, name: str, revision: str = "main") -> None:
+        files = self.files(name, revision)
         if files is not None:
-            siblings = [{"rfilename": path} for path in files]
-            self.answer(200, {"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
+            siblings, sha = [{"rfilename": path} for path in files], Hub.commit_of(revision)
+            self.answer(200, {"id": name, "sha": sha, "siblings": siblings, "private": False, "tags": []})
 
     def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         files = self.files(name, revision)
@@ -242,11 +243,11 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if path not in files:
             return self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
-        content, status = files[path], 200
+        content, status, tag = files[path], 200, hashlib.sha256(files[path]).hexdigest()
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked:
             content, status = content[int(asked[1]) : int(asked[2] or len(content)) + 1], 206
-        headers = {"ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": Hub.commit_of(revision)}
         return self.answer(status, content, headers)
 
     def valid(self, body: bytes) -> None:
@@ -277,8 +278,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A running Hub that huggingface_hub talks to instead of the real one; retries do not wait."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    made = Hub(f"http://127.0.0.1:{server.server_address[1]}")
-    Handler.hub = made
+    Handler.hub = made = Hub(f"http://127.0.0.1:{server.server_address[1]}")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", made.url)
     template = made.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fused_tools import assert_same_step, kept, make_batch, recorded, step, without_mask
 
-from fvlm_core.graphs.stage import Stage
+from fvlm_core.graphs.stage import Arena, Stage
 from fvlm_core.graphs.tape import CudaRecorder, PlainRecorder, _Again
 
 
@@ -107,6 +107,17 @@ def test_what_cannot_be_recorded_leaves_no_memory_held(model, batch, monkeypatch
     gc.collect()
     assert not [one for one in made if one() is not None]
     assert any("cannot be recorded as a CUDA graph (said by the test)" in r.message for r in caplog.records)
+
+
+def test_arguments_that_were_copied_in_part_are_not_taken_for_those_before_them():
+    hidden, kwargs = torch.zeros(1, 4, 8), {"position_ids": torch.zeros(1, 4), "other": torch.zeros(3)}
+    stage = Stage(hidden, kwargs, 4, needs_dx=False, arena=Arena())
+    given = torch.ones(1, 4), torch.ones(3)
+    stage.load_arguments(given)
+    with pytest.raises(RuntimeError):
+        stage.load_arguments((torch.full((1, 4), 2.0), torch.full((5,), 2.0)))
+    stage.load_arguments(given)
+    assert torch.equal(stage.kwargs["position_ids"], given[0])
 
 
 @pytest.mark.gpu

@@ -89,6 +89,19 @@ def test_as_many_layers_keep_what_they_compute_as_fit_the_budget(model, batch, c
     assert any("No room for more than" in one for one in said) == (kept < 4)
 
 
+def test_room_is_left_for_gradients_that_a_layer_is_yet_to_get(tiny):
+    """They come while the layers before it still keep what they computed; once they are there, no room is needed."""
+    model = whole(tiny("qwen2_vl"))
+    fuse_model(model)
+    batch = without_mask(make_batch(model.config, (24, 24)))
+    recorded(model, "auto", memory_budget=4.5 / 1024)  # room for just the fourth
+    counts = runs_of(model)
+    for runs in ({0: 1, 1: 1, 2: 1, 3: 2}, {0: 1, 1: 1, 2: 1, 3: 1}):
+        counts.clear()
+        model(**batch).loss.backward()
+        assert counts == runs
+
+
 def test_nothing_stays_held_after_a_step_nor_after_a_pass_that_is_given_up(model, batch):
     graphs = recorded(model, "auto")
     held = graphs.unrecorded._held

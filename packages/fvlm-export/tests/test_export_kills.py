@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
-from fvlm_export import read_report, save_pretrained_merged
+from fvlm_export import read_report, save_pretrained_merged, write
 from fvlm_export.remote import UnreachableError
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.safetensor_writer import SafetensorWriter
@@ -113,9 +113,9 @@ def test_what_breaks_a_merge_off_leaves_its_finished_shards_and_what_fails_it_do
     assert sorted(path.name for path in out.glob("*.safetensors")) == sorted([*finished, *written])
 
 
-def run_and_kill(arguments: tuple[Path, Path, Path], after: float | None) -> float:
+def run_and_kill(arguments: tuple[Path, Path, Path], after: float | None, lanes: int) -> float:
     """Start a merge in a process of its own, kill it after some seconds, and return how long it ran."""
-    process = multiprocessing.get_context("fork").Process(target=merge_small_shards, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=merge_small_shards, args=(*arguments, lanes))
     begin = time.monotonic()
     process.start()
     process.join(after)
@@ -126,7 +126,8 @@ def run_and_kill(arguments: tuple[Path, Path, Path], after: float | None) -> flo
     return time.monotonic() - begin
 
 
-def merge_small_shards(adapter: Path, out: Path, base: Path) -> None:
+def merge_small_shards(adapter: Path, out: Path, base: Path, lanes: int) -> None:
+    write._WORTH, write._cores = 0, lambda: 2 * lanes  # the process ends with the merge
     merge(adapter, out, base, overwrite=True, max_shard_size="200KB")
 
 
@@ -137,21 +138,23 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_sigkill_at_50_random_points(tools: Any, adapter: Path, tmp_path: Path) -> None:
     """Each run is killed somewhere; a merge takes over what killed ones have finished, so later ones get further.
 
+    One half of them write one shard after the other, the other half three side by side.
+
     The output is another model's until a run gets through, and becomes that again, so that old and new differ.
     """
     base, out, old = tools.checkpoint(), tmp_path / "out", tmp_path / "old"
     merge(base, old, base)  # the base itself, in one file
     arguments = (adapter, out, base)
     shutil.copytree(old, out)
-    took = min(run_and_kill(arguments, None) for _ in range(2))
+    took = min(run_and_kill(arguments, None, lanes) for lanes in (1, 3))
     before, after = hashes(old), hashes(out)
     assert before.keys() != after.keys()
     rng = random.Random(0)
     shutil.rmtree(out)
     shutil.copytree(old, out)
     ended = {"old": 0, "new": 0, "began": 0}
-    for _ in range(50):
-        run_and_kill(arguments, rng.uniform(0.0, took))
+    for number in range(50):
+        run_and_kill(arguments, rng.uniform(0.0, took), 1 + number % 2 * 2)
         found = hashes(out)
         assert found in (before, after), "the old folder or the whole new one, never anything else"
         ended["old" if found == before else "new"] += 1
@@ -161,7 +164,7 @@ def test_sigkill_at_50_random_points(tools: Any, adapter: Path, tmp_path: Path) 
             shutil.rmtree(out)
             shutil.copytree(old, out)
     assert ended["began"] >= 10, "runs were killed in the midst of their work"
-    run_and_kill(arguments, None)
+    run_and_kill(arguments, None, 3)
     assert hashes(out) == after
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["old", "out"], "the rerun leaves nothing of the killed ones"

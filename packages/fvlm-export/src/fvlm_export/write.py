@@ -88,11 +88,9 @@ def write_shards(
     Raises:
         ExportError: what was read back is not what was meant.
     """
-    lanes = how.lanes
-    unfinished = threading.Semaphore(lanes + (lanes + 1) // 2 if how.ahead else 1)
     with tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not how.progress) as bar:
-        desk = _Desk(plan, merger, folder, journal, verifier, how, unfinished, bar)
-        with _threads_for(lanes), ThreadPoolExecutor(lanes) as pool:
+        desk = _Desk(plan, merger, folder, journal, verifier, how, bar)
+        with _threads_for(how.lanes), ThreadPoolExecutor(how.lanes) as pool:
             shards = [pool.submit(desk.shard, number) for number in range(len(plan.shards))]
             try:
                 for number, shard in enumerate(shards):
@@ -103,18 +101,15 @@ def write_shards(
                     else:
                         file = done
                     yield number, file
-                    unfinished.release()
+                    desk.taken()
             finally:
                 desk.close()
                 pool.shutdown(cancel_futures=True)
                 for shard in shards:
                     if not shard.cancelled() and shard.exception() is None:
-                        _let_go(shard.result())
-
-
-def _let_go(shard: _Written | WrittenFile) -> None:
-    if isinstance(shard, _Written):
-        shard.follower.stop()
+                        left = shard.result()
+                        if isinstance(left, _Written):
+                            left.follower.stop()
 
 
 def lanes_for(plan: Plan) -> int:
@@ -154,18 +149,23 @@ class _Desk:
         journal: Journal,
         verifier: Verifier | None,
         how: How,
-        unfinished: threading.Semaphore,
         bar: tqdm,
     ) -> None:
         self._plan, self._merger, self._folder, self._journal = plan, merger, folder, journal
-        self._verifier, self._how, self._unfinished, self._bar = verifier, how, unfinished, bar
+        self._verifier, self._how, self._bar = verifier, how, bar
         self._end, self._lock = len(plan.shards), threading.Lock()
+        # How many shards may be begun and not taken: those being written, and some that are only read back any more
+        self._room = threading.Semaphore(how.lanes + (how.lanes + 1) // 2 if how.ahead else 1)
+
+    def taken(self) -> None:
+        """Say that a finished shard has been taken: there is room to begin another."""
+        self._room.release()
 
     def close(self, after: int = -1) -> None:
         """Have shards after this one broken off at their next tensor if they are being written, and else not begun."""
         with self._lock:
             self._end = min(self._end, after + 1)
-        self._unfinished.release(len(self._plan.shards))
+        self._room.release(len(self._plan.shards))
 
     @torch.no_grad()
     def shard(self, number: int) -> _Written | WrittenFile:
@@ -174,7 +174,7 @@ class _Desk:
         Raises:
             CancelledError: the desk was closed, or an earlier shard failed.
         """
-        self._unfinished.acquire()
+        self._room.acquire()
         with self._or_none_after(number):
             return self._made(number)
 

@@ -65,6 +65,15 @@ def test_a_config_that_is_a_list(copy):
     assert "holds no JSON object" in refused(CheckpointError, copy)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"[]", "holds no JSON object"), (b'{"a": "\xff', "is not valid JSON")]
+)
+def test_a_generation_config_that_is_none(copy, content, message):
+    """transformers takes anything for it, and fails when the model first generates."""
+    (copy / "generation_config.json").write_bytes(content)
+    assert f"generation_config.json {message}" in refused(CheckpointError, copy)
+
+
 def test_a_config_without_a_type(copy):
     edit_config(copy, model_type=None)
     assert "names no model_type" in refused(CheckpointError, copy)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import pytest
 import torch
 
 from fvlm_kernels import multimodal_rotary, rotary, vision_rotary
+from fvlm_kernels._rotation import _heads_at_once
 from fvlm_kernels.testing import (
     assert_deterministic,
     assert_same_rounding,
@@ -210,5 +210,4 @@ def test_bad_input_gets_one_sentence(call, error, words):
 
 
 def test_how_many_heads_a_program_turns_at_a_time():
-    heads_at_once = sys.modules[rotary.__module__]._heads_at_once
-    assert [heads_at_once(n) for n in (1, 2, 3, 8, 12, 16, 28, 32)] == [1, 2, 2, 8, 8, 16, 32, 32]
+    assert [_heads_at_once(n) for n in (1, 2, 3, 8, 12, 16, 28, 32)] == [1, 2, 2, 8, 8, 16, 32, 32]

@@ -14,7 +14,6 @@ from ._launch import (
     check_same_dtype,
     check_shape,
     launch,
-    next_power_of_two,
     persistent_programs,
     row_blocks,
 )
@@ -77,26 +76,6 @@ def check_width(op: str, n: int) -> None:
         raise ValueError(f'{op}: rows of {n} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
 
 
-def row_chunks(n: int) -> tuple[int, int, int, int]:
-    """Cut rows of ``n`` columns into pieces of a power of two, so that few columns of a tile lie behind the last.
-
-    A row of 1280 columns in one tile of 2048 leaves 3 of 8 threads without work; in five pieces of 256 none. A piece
-    is added to the one before it in registers, so that a row is added up over threads once, whatever its pieces.
-
-    Args:
-        n: columns of a row.
-
-    Returns:
-        ``(BLOCK_M, CHUNK, CHUNKS, num_warps)`` by the width alone: rows of a program, columns and number of pieces,
-        and warps. Rows of up to 256 columns are one piece, and share a program.
-    """
-    if n <= 256:
-        block_m, block_n, num_warps = row_blocks(n)
-        return block_m, block_n, 1, num_warps
-    chunk = max(256, next_power_of_two(cdiv(n, 8)))
-    return 1, chunk, cdiv(n, chunk), min(16, next_power_of_two(cdiv(n, 1024)))
-
-
 def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int]:
     """Deal out ``m`` rows of ``n`` columns to the programs of a norm's backward pass.
 
@@ -114,32 +93,3 @@ def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int,
     blocks = cdiv(m, block_m)
     share = cdiv(blocks, persistent_programs(device, blocks)) if summing else 1
     return cdiv(blocks, max(share, 1)), share, block_m, block_n, num_warps
-
-
-def deal_chunks(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int, int]:
-    """Deal out ``m`` rows of ``n`` columns in pieces, as :func:`deal_rows` does whole ones.
-
-    Without sums two rows of up to 2048 columns share a program, each with a warp of its own. A program that carries
-    sums along takes one row at a time: up to 1280 columns with one warp, which adds up without shared memory, in pieces
-    that leave no column over where that is possible (1152 are nine of 128).
-
-    Returns:
-        ``(programs, blocks of each, BLOCK_M, CHUNK, CHUNKS, num_warps)``.
-    """
-    if not summing:
-        block_m, chunk, chunks, num_warps = row_chunks(n)
-        if chunks > 1 and n <= 2048:
-            block_m, num_warps = 2, 2
-        return cdiv(m, block_m), 1, block_m, chunk, chunks, num_warps
-    block_m, chunk, chunks, num_warps = row_chunks(n)
-    per_processor = 2 if n > 2048 else 4
-    if chunks == 1:
-        block_m, chunk, num_warps = row_blocks(n, tile=2048)
-    elif n <= 1280:
-        chunk = 256 if n % 256 == 0 or n % 128 else 128
-        chunks, num_warps, per_processor = cdiv(n, chunk), 1, 8
-    else:
-        num_warps = min(16, 2 * num_warps)
-    blocks = cdiv(m, block_m)
-    share = cdiv(blocks, persistent_programs(device, blocks, per_processor))
-    return cdiv(blocks, max(share, 1)), share, block_m, chunk, chunks, num_warps

@@ -34,7 +34,8 @@ import torch
 
 from ._launch import Impl, cdiv, launch, rows_of, use_triton
 from ._library import first_derivative_only, register
-from ._norms import check_norm, check_width, deal_chunks, row_chunks, sum_shares
+from ._norms import check_norm, check_width, sum_shares
+from ._row_pieces import deal_chunks, load_chunks, row_chunks
 from ._triton import tl, triton
 
 
@@ -52,26 +53,6 @@ def _ref(
     wide_bias = None if bias is None else bias.to(wide.dtype)
     y = torch.nn.functional.layer_norm(wide, h.shape[-1:], weight.to(wide.dtype), wide_bias, eps)
     return y.to(out_dtype), h
-
-
-@triton.jit
-def _load_chunks(
-    ptr,
-    stride,
-    offs_m,
-    end,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """Load rows ``offs_m``, those before ``end``, in pieces of CHUNK columns; zeros elsewhere."""
-    offs_n = tl.arange(0, CHUNK)
-    pieces = ()
-    for c in tl.static_range(CHUNKS):
-        mask = (offs_m < end)[:, None] & (c * CHUNK + offs_n < N)[None, :]
-        at = offs_m[:, None] * stride + c * CHUNK + offs_n[None, :]
-        pieces = pieces + (tl.load(ptr + at, mask=mask, other=0.0),)
-    return pieces
 
 
 @triton.jit
@@ -117,9 +98,9 @@ def _layer_norm_fwd_kernel(
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, CHUNK)
-    pieces = _load_chunks(x_ptr, stride_x, offs_m, M, N, CHUNK, CHUNKS)
+    pieces = load_chunks(x_ptr, stride_x, offs_m, M, N, CHUNK, CHUNKS)
     if HAS_RES:
-        residuals = _load_chunks(res_ptr, stride_res, offs_m, M, N, CHUNK, CHUNKS)
+        residuals = load_chunks(res_ptr, stride_res, offs_m, M, N, CHUNK, CHUNKS)
         added = ()
         for c in tl.static_range(CHUNKS):
             cols = c * CHUNK + offs_n
@@ -173,12 +154,12 @@ def _layer_norm_bwd_kernel(
     end = block + blocks_per_program
     last = tl.minimum(end * BLOCK_M, M)  # row, of this program's share
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    pieces = _load_chunks(h_ptr, stride_h, offs_m, last, N, CHUNK, CHUNKS)
-    grads = _load_chunks(dy_ptr, stride_dy, offs_m, last, N, CHUNK, CHUNKS)
+    pieces = load_chunks(h_ptr, stride_h, offs_m, last, N, CHUNK, CHUNKS)
+    grads = load_chunks(dy_ptr, stride_dy, offs_m, last, N, CHUNK, CHUNKS)
     while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
         if NEED_DWEIGHT or NEED_DBIAS:
-            next_pieces = _load_chunks(h_ptr, stride_h, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
-            next_grads = _load_chunks(dy_ptr, stride_dy, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
+            next_pieces = load_chunks(h_ptr, stride_h, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
+            next_grads = load_chunks(dy_ptr, stride_dy, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
         mean, rstd = _mean_and_rstd(pieces, eps, N, CHUNK, CHUNKS)
         total = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)
         along = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)

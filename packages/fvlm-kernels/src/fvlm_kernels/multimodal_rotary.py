@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from ._launch import Impl, use_triton
-from .rotary import Pair, check_rotation, rotate, rotate_ref
+from ._rotation import Pair, check_rotation, rotate, rotate_ref
 
 
 def _ref(table: torch.Tensor, sections: Sequence[int], interleaved: bool) -> torch.Tensor:

@@ -14,7 +14,8 @@ import torch
 
 from ._launch import Impl, use_triton
 from ._library import first_derivative_only, register
-from .rotary import Pair, check_rotation, rotate_into, vision_rotary
+from ._rotation import Pair, check_rotation, rotate_into
+from .rotary import vision_rotary
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

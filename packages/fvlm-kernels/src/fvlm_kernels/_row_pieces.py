@@ -1,0 +1,80 @@
+"""Rows that a norm holds in pieces of a power of two: how they are cut, dealt out to programs and loaded."""
+
+# mypy: allow-untyped-defs, disable-error-code="assignment"
+# ruff: noqa: RUF005
+# (for the kernel's part: Triton types its arguments and its growing tuples, and knows no starred ones)
+
+from __future__ import annotations
+
+import torch
+
+from ._launch import cdiv, next_power_of_two, persistent_programs, row_blocks
+from ._triton import tl, triton
+
+
+def row_chunks(n: int) -> tuple[int, int, int, int]:
+    """Cut rows of ``n`` columns into pieces of a power of two, so that few columns of a tile lie behind the last.
+
+    A row of 1280 columns in one tile of 2048 leaves 3 of 8 threads without work; in five pieces of 256 none. A piece
+    is added to the one before it in registers, so that a row is added up over threads once, whatever its pieces.
+
+    Args:
+        n: columns of a row.
+
+    Returns:
+        ``(BLOCK_M, CHUNK, CHUNKS, num_warps)`` by the width alone: rows of a program, columns and number of pieces,
+        and warps. Rows of up to 256 columns are one piece, and share a program.
+    """
+    if n <= 256:
+        block_m, block_n, num_warps = row_blocks(n)
+        return block_m, block_n, 1, num_warps
+    chunk = max(256, next_power_of_two(cdiv(n, 8)))
+    return 1, chunk, cdiv(n, chunk), min(16, next_power_of_two(cdiv(n, 1024)))
+
+
+def deal_chunks(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int, int]:
+    """Deal out ``m`` rows of ``n`` columns in pieces, as :func:`._norms.deal_rows` does whole ones.
+
+    Without sums two rows of up to 2048 columns share a program, each with a warp of its own. A program that carries
+    sums along takes one row at a time: up to 1280 columns with one warp, which adds up without shared memory, in pieces
+    that leave no column over where that is possible (1152 are nine of 128).
+
+    Returns:
+        ``(programs, blocks of each, BLOCK_M, CHUNK, CHUNKS, num_warps)``.
+    """
+    block_m, chunk, chunks, num_warps = row_chunks(n)
+    if not summing:
+        if chunks > 1 and n <= 2048:
+            block_m, num_warps = 2, 2
+        return cdiv(m, block_m), 1, block_m, chunk, chunks, num_warps
+    per_processor = 2 if n > 2048 else 4
+    if chunks == 1:
+        block_m, chunk, num_warps = row_blocks(n, tile=2048)
+    elif n <= 1280:
+        chunk = 256 if n % 256 == 0 or n % 128 else 128
+        chunks, num_warps, per_processor = cdiv(n, chunk), 1, 8
+    else:
+        num_warps = min(16, 2 * num_warps)
+    blocks = cdiv(m, block_m)
+    share = cdiv(blocks, persistent_programs(device, blocks, per_processor))
+    return cdiv(blocks, max(share, 1)), share, block_m, chunk, chunks, num_warps
+
+
+@triton.jit
+def load_chunks(
+    ptr,
+    stride,
+    offs_m,
+    end,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Load rows ``offs_m``, those before ``end``, in pieces of CHUNK columns; zeros elsewhere."""
+    offs_n = tl.arange(0, CHUNK)
+    pieces = ()
+    for c in tl.static_range(CHUNKS):
+        mask = (offs_m < end)[:, None] & (c * CHUNK + offs_n < N)[None, :]
+        at = offs_m[:, None] * stride + c * CHUNK + offs_n[None, :]
+        pieces = pieces + (tl.load(ptr + at, mask=mask, other=0.0),)
+    return pieces

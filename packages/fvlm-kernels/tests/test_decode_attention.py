@@ -135,11 +135,12 @@ def test_empty(shape, device):
 
 @pytest.mark.gpu
 def test_addresses_beyond_two_to_the_31():
-    heads, capacity, d = 2, 2**22, 256
-    cache = torch.empty(2, 2, heads, capacity // 2 + 64, d, dtype=torch.bfloat16, device="cuda").normal_()
-    assert cache[0].numel() > 2**31
-    q = torch.randn(2, 4, d, dtype=torch.bfloat16, device="cuda")
-    n = torch.tensor(40, device="cuda")
-    y = decode_attention(q, *cache, n)
-    few = decode_attention(q[1:], *cache[:, 1:, :, :64].clone(), n, impl="torch")  # rounds its shares to bf16
-    torch.testing.assert_close(y[1:], few, rtol=2e-2, atol=1e-2)
+    """What the last of three sequences reads and writes lies behind 2³¹ elements of its cache."""
+    cache = torch.empty(2, 3, 2, 2**21 + 64, 256, dtype=torch.bfloat16, device="cuda").normal_()
+    assert cache[0, :-1].numel() > 2**31
+    q, fresh = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((3, 4, 256), (2, 3, 2, 256)))
+    n, few = torch.tensor(40, device="cuda"), cache[:, -1:, :, :64].clone()
+    y = decode_attention(q, *cache, n, new=tuple(fresh))
+    expected = decode_attention(q[-1:], *few, n, new=tuple(fresh[:, -1:]), impl="torch")  # rounds its shares to bf16
+    torch.testing.assert_close(y[-1:], expected, rtol=2e-2, atol=1e-2)
+    assert torch.equal(cache[:, -1:, :, :64], few)

@@ -99,7 +99,7 @@ def test_the_config_page_has_every_key() -> None:
     assert set(rows) == {f"`{name}`" for name in keys}
     for name, field in keys.items():
         assert " ".join((field.description or "?").split()).replace("|", "\\|") in rows[f"`{name}`"]
-    assert rows["`lora.r`"] == "| `lora.r` | whole number ≥ 1 | `16` | Rank. |"
+    assert rows["`lora.r`"] == "| `lora.r` | whole number ≥ 1, ≤ 65536 | `16` | Rank. |"
     assert "`4bit`, `8bit`, `16bit`, `full` or null | `null`" in rows["`model.precision`"]
     assert "mapping with the keys of [SourceSection](#sourcesection) | required" in rows["`data.train`"]
 

@@ -205,3 +205,11 @@ def test_bad_input_gets_one_sentence(call, error, words):
     with pytest.raises(error, match=words) as caught:
         call(torch.ones(3, 8))
     assert "\n" not in str(caught.value)
+
+
+def test_gelu_of_infinity_is_pytorchs(device):
+    """As `0.5 · x · (1 + erf(x / √2))` has it: an overflow in fp16 shows as what it is."""
+    x = torch.tensor([float("inf"), float("-inf"), float("nan"), 60000.0, -60000.0], device=device)
+    stock = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+    assert stock.isinf().tolist() == [True, False, False, False, False]
+    torch.testing.assert_close(gelu(x, impl="triton"), stock, equal_nan=True)

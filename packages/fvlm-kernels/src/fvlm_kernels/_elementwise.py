@@ -51,8 +51,8 @@ def activate(x, ACT: tl.constexpr):
         return x * tl.sigmoid(1.702 * x)
     if ACT == "gelu_erf":
         t, q = _scaled_tail(x)
-        beyond = x * (t * tl.exp2(q - 0.7213475204444817 * x * x))
-        return tl.where(x > 0, x - beyond, beyond)
+        tail = t * tl.exp2(q - 0.7213475204444817 * x * x)
+        return x * tl.where(x > 0, 1.0 - tail, tail)  # not x − x · tail, which is no number where x is infinite
     return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
 
 

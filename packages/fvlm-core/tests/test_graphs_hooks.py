@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fused_tools import adapted_model, assert_equal_step, make_batch, recorded, step, without_mask
+from fused_tools import adapted_model, assert_equal_step, assert_same_step, make_batch, recorded, step, without_mask
 
 from fvlm_core.checkpointing import apply_checkpointing, use_graphs
-from fvlm_core.fused import fuse_model
+from fvlm_core.fused import fuse_model, unfuse_model
 
 
 def test_hooks_on_a_layer_are_called(model):
@@ -42,6 +42,19 @@ def test_a_hook_on_an_adapters_gradient_acts_once(model, mode):
     graphs = recorded(model, mode)
     for _ in range(3):
         torch.testing.assert_close(step(model, batch)[1][name], 2 * expected, rtol=1e-4, atol=1e-7)
+    assert graphs.replayed > graphs.recorded > 0
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_layers_that_are_not_fused_get_gradients_of_the_parameters_that_they_read(model, mode, cast):
+    unfuse_model(model)
+    batch = without_mask(make_batch(model.config))
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        expected = step(model, batch)
+        graphs = recorded(model, mode)
+        for _ in range(3):
+            assert_same_step(step(model, batch), expected, tolerance=2e-2 if cast else 1e-5)
     assert graphs.replayed > graphs.recorded > 0
 
 

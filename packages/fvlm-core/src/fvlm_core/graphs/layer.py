@@ -135,13 +135,15 @@ class RecordedLayer:
     def _differentiate(self, x: Tensor, y: Tensor, keep: bool) -> None:
         """Write the gradients of the input and of the trained parameters to the stage."""
         leaves = [self._copies.get(id(p), p) for p in self.trained]
-        wanted = [x, *leaves] if self.stage.needs_dx else leaves
+        apart = [p for p in self.trained if id(p) in self._copies]  # what is not fused reads the parameters themselves
+        wanted = [*([x] if self.stage.needs_dx else []), *leaves, *apart]
         found = list(torch.autograd.grad(y, wanted, self.stage.dy, allow_unused=True, retain_graph=keep))
         with torch.no_grad():
             if self.stage.needs_dx and self.stage.dx is not None:
-                dx = found.pop(0)
-                _put([self.stage.dx], [dx])
-            if found:
+                _put([self.stage.dx], [found.pop(0)])
+            if leaves:
+                direct = dict(zip(map(id, apart), found[len(leaves) :], strict=True))
+                found = [direct.get(id(p)) if g is None else g for p, g in zip(self.trained, found, strict=False)]
                 _put(self._views, found)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -215,8 +217,7 @@ class RecordedLayer:
 
     def backward(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """Replay the backward pass of what was loaded; return the gradients of the input and of trained parameters."""
-        stage = self.stage
-        stage.load(stage.dy, dy)
+        self.stage.load(self.stage.dy, dy)
         if self._released:
             self.work_backward()
             return self._results(dy)

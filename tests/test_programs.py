@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset, Features, Image, List, Value
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
@@ -60,7 +61,13 @@ def test_ocr_training_changes_the_adapter_and_saving_keeps_it(programs, tmp_path
             torch.testing.assert_close(saved[name], parameter, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("kind", [FastVisionTrainer, SFTTrainer, Trainer])
+without_gpu = pytest.mark.skipif(
+    trl.__version__.startswith("1.15.") and not torch.cuda.is_available(),
+    reason="trl 1.15's own loss launches Triton where there is no GPU",
+)
+
+
+@pytest.mark.parametrize("kind", [FastVisionTrainer, pytest.param(SFTTrainer, marks=without_gpu), Trainer])
 def test_stock_trainers_train_the_same_model_with_the_same_collator(kind, programs, tmp_path):
     """What a user of `trl` or `transformers` writes; the first loss is the plain model's under each of them."""
     model, processor = programs["basic"].load(shipped_checkpoint())

@@ -167,6 +167,19 @@ def test_addresses_are_fetched_only_when_allowed(address, processor_of):
             reader(processor, ImageReader(allow_urls=True)).read(refused)
 
 
+@pytest.fixture
+def no_torchcodec():
+    """Let a test import a torchcodec of its own, and leave none of it to the tests after it."""
+
+    def taken_out():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "torchcodec"}
+
+    before = taken_out()
+    yield
+    taken_out()
+    sys.modules.update(before)
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -176,17 +189,14 @@ def test_addresses_are_fetched_only_when_allowed(address, processor_of):
         ("VideoDecoder = None", "torchcodec finds no FFmpeg"),
     ],
 )
-def test_files_need_the_extra_and_what_it_stands_on(code, said, processor_of, tmp_path, monkeypatch):
+def test_files_need_the_extra_and_what_it_stands_on(code, said, processor_of, tmp_path, no_torchcodec, monkeypatch):
     """No torchcodec, one without FFmpeg, one that was built for another torch."""
     (tmp_path / "torchcodec").mkdir()
     (tmp_path / "torchcodec" / "__init__.py").write_text("ffmpeg_major_version = None", encoding="utf-8")
     (tmp_path / "torchcodec" / "decoders.py").write_text(code, encoding="utf-8")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(MissingExtraError) as caught:
         reader(processor_of("qwen2_vl")).read(CLIP)
-    monkeypatch.delitem(sys.modules, "torchcodec")  # the false one
     for piece in ("pip install fvlm-vision[video]", "FFmpeg", "fits torch", said):
         assert piece in str(caught.value)
     assert "\n" not in str(caught.value)

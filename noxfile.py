@@ -178,7 +178,8 @@ def build(session: nox.Session, package: str) -> None:
     session.run("uv", "pip", "check", external=True)
     script = str(ROOT / "tools" / "import_all.py")
     session.chdir(session.create_tmp())
-    session.run("python", "-P", script, f"fvlm_{package}", env={"PYTHONPATH": ""})
+    of_extras = ["fvlm_core.flash.kernels"] if package == "core" else []
+    session.run("python", "-P", script, f"fvlm_{package}", *of_extras, env={"PYTHONPATH": ""})
     if package == "kernels":  # usable alone
         session.run("python", "-P", str(ROOT / "examples" / "kernels" / "plain_transformer.py"), "--device", "cpu")
     if package == "cli":

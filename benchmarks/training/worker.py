@@ -58,11 +58,13 @@ def train(options: argparse.Namespace) -> dict[str, object]:
         trainer.train()
     ends = clock.ends
     steps = [later - earlier for earlier, later in itertools.pairwise(ends)][max(options.warmup - 1, 0) :]
-    tokens = ready[0]["input_ids"].shape[1] * workload.batch * workload.accumulation
+    lengths = [batch["input_ids"].shape[1] for batch in ready]
+    tokens = lengths[0] * workload.batch * workload.accumulation
     return {
         "stack": options.stack,
         "workload": options.workload,
         "mode": str(mode),
+        "lengths": lengths,
         "step_s": statistics.median(steps),
         "tokens_s": tokens / statistics.median(steps),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,

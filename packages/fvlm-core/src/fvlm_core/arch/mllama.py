@@ -34,6 +34,7 @@ FACTS = ArchFacts(
         "MllamaTextCrossAttention": "cross_attention",
         "MllamaTextMLP": "gated_mlp",
         "MllamaTextRMSNorm": "rms_norm",
+        "MllamaVisionModel": "tiled_tower",
         "MllamaVisionEncoder": "checkpointed_encoder",
         "MllamaVisionEncoderLayer": "tower_block",
         "MllamaVisionAttention": "tower_attention",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fvlm_core.fused import attention, blocks, head, media, mlp, norms, patches, texts, towers, vision
+from fvlm_core.fused import attention, blocks, head, media, mlp, norms, patches, texts, tiles, towers, vision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,8 @@ LAYERS: dict[str, FusedLayer] = {
     "vision_block": FusedLayer(blocks.vision_block_forward),
     "tower_attention": FusedLayer(towers.tower_attention_forward, towers.tower_attention_unfit),
     "tower_block": FusedLayer(blocks.tower_block_forward, blocks.tower_block_unfit),
-    "checkpointed_encoder": FusedLayer(towers.checkpointed_encoder_forward),
+    "checkpointed_encoder": FusedLayer(tiles.checkpointed_encoder_forward),
+    "tiled_tower": FusedLayer(tiles.tiled_tower_forward),
     "packed_tower": FusedLayer(towers.packed_tower_forward),
     "patch_embed": FusedLayer(patches.patch_embed_forward),
     "patch_conv": FusedLayer(patches.patch_conv_forward, patches.patch_conv_unfit),

@@ -1,19 +1,19 @@
-"""Vision towers whose blocks get rows of patches: SigLIP, Pixtral and Llama 3.2 Vision."""
+"""Vision towers whose blocks get rows of patches: SigLIP, Pixtral and, as far as attention goes, Llama 3.2 Vision."""
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fvlm_core.attention import varlen_attention_forward
 from fvlm_core.fused.adapted import project
 from fvlm_core.fused.attention import attend, dropout_of, setting
 from fvlm_core.fused.kinds import kind_of
+from fvlm_core.fused.tiles import kept_apart
 from fvlm_core.passes import quick_attention
 from fvlm_kernels import rotary
 
@@ -31,6 +31,7 @@ def tower_attention_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     segments: Tensor | None = None,
     longest: int | None = None,
+    filling: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Attend among the patches of a row.
@@ -43,6 +44,8 @@ def tower_attention_forward(
         segments: ``(images + 1,)`` int32, where each image of the one row starts, and the total; None: attend among
             all patches, as far as the mask allows.
         longest: patches of the largest image, with ``segments``.
+        filling: ``(batch, patches)`` bool, which patches do not see each other (`fvlm_core.fused.tiles`); it stands in
+            the place of a mask.
         **kwargs: passed on to the attention.
 
     Returns:
@@ -50,7 +53,11 @@ def tower_attention_forward(
     """
     shape = (*hidden_states.shape[:-1], module.num_heads, module.head_dim)
     made = project(hidden_states, (module.q_proj, module.k_proj, module.v_proj), module.training)
-    q, k, v = (x.view(shape).transpose(1, 2) for x in made)
+    q, k, v = (x.view(shape) for x in made)
+    if filling is not None:
+        q, k, v = kept_apart(q, k, v, filling)
+        kwargs["is_causal"] = False  # what transformers' attention takes for granted without a mask
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if position_embeddings is not None:
         q, k = rotary(q, k, *position_embeddings)
     dropout = dropout_of(module)
@@ -64,6 +71,7 @@ def tower_attention_forward(
         out, _ = varlen_attention_forward(
             module, q, k, v, None, module.scaling, dropout, cu_seq_lens_q=segments, max_length_q=longest
         )
+    out = out[..., : module.head_dim]
     last = module.out_proj if "out_proj" in module._modules else module.o_proj
     (out,) = project(out.reshape(*hidden_states.shape[:-1], -1).contiguous(), (last,), module.training)
     return out, weights
@@ -73,33 +81,6 @@ def _quick(module: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tens
     if dropout or module.config._attn_implementation != "sdpa":
         return None
     return quick_attention(q, k, v, causal=False, scale=setting(module, ("scaling", "scale")))
-
-
-def checkpointed_encoder_forward(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None
-) -> BaseModelOutput:
-    """Run the layers of an encoder of Llama 3.2 Vision, under gradient checkpointing where that is on.
-
-    Transformers tells the encoder about checkpointing, but its layers do not listen, so that a trained tower keeps all
-    activations of all tiles.
-
-    Args:
-        module: the encoder.
-        hidden_states: ``(images, tiles · patches, hidden)``.
-        attention_mask: which patches see each other, additive.
-
-    Returns:
-        What comes out of each layer, as ``hidden_states``, and of the last.
-    """
-    states: list[Tensor] = []
-    for layer in module.layers:
-        call = partial(layer.__call__, attention_mask=attention_mask)
-        if module.gradient_checkpointing and module.training:
-            hidden_states = module._gradient_checkpointing_func(call, hidden_states)
-        else:
-            hidden_states = call(hidden_states)
-        states.append(hidden_states)
-    return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=tuple(states))  # type: ignore[arg-type]
 
 
 def packed_tower_forward(

@@ -1,0 +1,127 @@
+"""The tower of Llama 3.2 Vision without its mask: values, gradients, recordings, and what falls back to stock."""
+
+import copy
+
+import pytest
+import torch
+from family_tools import TRAINED, modules_of, recorded
+from fused_tools import adapted_model
+from torch.nn.functional import scaled_dot_product_attention as plain_attention
+
+from fvlm_core.arch import task_model
+from fvlm_core.fused import fuse_model
+from fvlm_core.fused.tiles import kept_apart
+
+MASK = "transformers.models.mllama.modeling_mllama._prepare_aspect_ratio_attention_mask"
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny):
+    return adapted_model(tiny("mllama"), targets=TRAINED)
+
+
+@pytest.fixture
+def model(adapted):
+    """A copy, unfused."""
+    return copy.deepcopy(adapted)
+
+
+def images(tiles, seed=0):
+    """Rows of two images: one of so many tiles each, and none but the one tile that stands for no image."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = {1: 1, 2: 2, 3: 6, 4: 8}
+    mask = (torch.arange(4) < torch.tensor(tiles)[:, None]).long()
+    return {
+        "pixel_values": torch.randn(len(tiles), 2, 4, 3, 28, 28, generator=generator),
+        "aspect_ratio_ids": torch.tensor([[ids[count], 0] for count in tiles]),
+        "aspect_ratio_mask": torch.stack([mask, torch.tensor([[1, 0, 0, 0]]).expand_as(mask)], dim=1),
+    }
+
+
+def run(tower, given):
+    """Return the tower's states and the gradients of what is trained in it."""
+    tower.zero_grad()
+    out = tower(**given).last_hidden_state
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert len(got[1]) == len(expected[1]) > 0
+    for name, gradient in expected[1].items():
+        assert gradient.norm() > 0
+        assert (got[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("tiles", [(1,), (2,), (3,), (4,), (1, 4, 2, 3)], ids=str)
+def test_a_tower_of_tiles_makes_no_mask_and_the_same_states(model, tiles, monkeypatch):
+    tower = task_model(model).model.vision_model
+    expected = run(tower, images(tiles))
+    assert "tiled_tower" in fuse_model(model).fused.values()
+    monkeypatch.setattr(MASK, None)
+    assert_same(run(tower, images(tiles)), expected)
+
+
+def test_one_recording_serves_images_of_any_tiles(model, monkeypatch):
+    tower = task_model(model).model.vision_model
+    batches = [images(tiles, seed) for seed, tiles in enumerate([(1, 2), (4, 3), (2, 2), (3, 1)])]
+    expected = [run(tower, given) for given in batches]
+    fuse_model(model)
+    monkeypatch.setattr(MASK, None)
+    graphs = recorded(model)
+    for given, wanted in zip(batches, expected, strict=True):
+        assert_same(run(tower, given), wanted)
+    layers = len(modules_of(model, "tower_block"))
+    assert (graphs.recorded, graphs.replayed) == (layers, 3 * layers)
+
+
+def test_only_the_intermediate_states_are_held(model):
+    fuse_model(model)
+    tower = task_model(model).model.vision_model
+    held = []
+    for encoder in (tower.transformer, tower.global_transformer):
+        encoder.register_forward_hook(lambda module, args, out: held.append([s is not None for s in out.hidden_states]))
+    tower(**images((1, 2)))
+    assert held == [[True, True, False], [False, False]]
+
+
+def test_hidden_states_that_are_asked_for_are_those_of_stock(model):
+    tower = task_model(model).model.vision_model
+    given = images((1, 3))
+    stock = tower(**given, output_hidden_states=True)
+    fuse_model(model)
+    ours = tower(**given, output_hidden_states=True)
+    assert len(ours.hidden_states) == len(stock.hidden_states) > 0
+    for state, expected in zip(ours.hidden_states, stock.hidden_states, strict=True):
+        torch.testing.assert_close(state, expected)
+    torch.testing.assert_close(ours.last_hidden_state, stock.last_hidden_state)
+
+
+def test_eager_attention_gets_its_mask(model):
+    tower = task_model(model).model.vision_model
+    tower.set_attn_implementation("eager")
+    expected = run(tower, images((1, 2)))
+    fuse_model(model)
+    assert_same(run(tower, images((1, 2))), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [8, 16, 20])
+def test_tokens_that_are_kept_apart_give_each_other_no_weight(dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 3, width, generator=generator).mul(4).to(dtype) for _ in range(3))
+    filling = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    mask = ~(filling[:, None, :, None] & filling[:, None, None, :])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    wide = [x.transpose(1, 2) for x in kept_apart(*leaves, filling)]
+    assert wide[0].shape[-1] % 16 == 0
+    out = plain_attention(*wide, scale=0.3)[..., :width]
+    others = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = plain_attention(*(x.transpose(1, 2) for x in others), attn_mask=mask, scale=0.3)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(out, expected, **close)
+    out.sum().backward()
+    expected.sum().backward()
+    for got, wanted in zip(leaves, others, strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, **close)

@@ -24,8 +24,10 @@ MEMORY, TIME = 0.10, 0.30
 PADDED = {
     ("ocr", 518): (518, 514, 521, 529, 528, 536, 511, 527, 526, 516, 523, 528, 521, 518, 518, 539),
     ("ocr", 499): (499, 506, 495, 500, 522, 501, 512, 506, 500, 493, 498, 496, 505, 511, 505, 496),
+    ("ocr", 398): (398, 403, 423, 405, 439, 402, 420, 428, 415, 418, 388, 399, 431, 420, 419, 402),
     ("doc", 1947): (1947, 1927, 1950, 1915),
     ("doc", 1930): (1930, 1907, 1912, 1920),
+    ("doc", 2048): (2048, 2048, 2048, 2048),
 }
 """Workload, and the length of its first batch in a row → what its batches were padded to, where the checkpoint's
 tokenizer cut the words otherwise than `benchmarks.training.sizes` does: found with that tokenizer and these words."""
@@ -100,7 +102,9 @@ train:
 
 
 def first_length(row: dict[str, Any], work: Any) -> int:
-    """Return what the first batch of a row was padded to."""
+    """Return what the first batch of a row was padded to; without its lengths, ``tokens_s`` is of the first batch."""
+    if "lengths" in row:
+        return int(row["lengths"][0])
     if "tokens_per_row" in row:
         return int(row["tokens_per_row"])
     return round(row["tokens_s"] * row["step_s"] / (work.batch * work.accumulation))

@@ -32,10 +32,10 @@ def decode(options: argparse.Namespace) -> dict[str, object]:
 
     model, processor, _ = STACKS[options.stack](options.folder, False)
     _draw_adapters(model)
-    _prepare(options.stack, model)
-    batch = _prompt(processor, options, model.device)
+    prepare(options.stack, model)
+    batch = prompt(processor, options.workload, options.rows, model.device)
     loaded = time.time() - STARTED
-    clock = _Clock(model, batch)
+    clock = AnswerClock(model, batch)
     first_call = clock(8)
     clock(options.tokens)
     if torch.cuda.is_available():
@@ -63,7 +63,7 @@ def decode(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-class _Clock:
+class AnswerClock:
     """Times calls of ``generate`` that give a certain number of tokens, as users call it in training's precision."""
 
     def __init__(self, model: Any, batch: dict[str, Any]) -> None:
@@ -71,6 +71,7 @@ class _Clock:
         self.rows: Any = None
 
     def __call__(self, tokens: int) -> float:
+        """Return the seconds of one call."""
         import torch
 
         cuda = torch.cuda.is_available()
@@ -98,7 +99,8 @@ def _draw_adapters(model: Any) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
 
 
-def _prepare(stack: str, model: Any) -> None:
+def prepare(stack: str, model: Any) -> None:
+    """Bring a stack's model from training to decoding."""
     if model.device.type == "cpu":
         from fvlm_core.quantized import keep_stored_layout
 
@@ -111,12 +113,12 @@ def _prepare(stack: str, model: Any) -> None:
     model.config.use_cache = model.config.get_text_config().use_cache = True
 
 
-def _prompt(processor: Any, options: argparse.Namespace, device: Any) -> dict[str, Any]:
+def prompt(processor: Any, workload: str, rows: int, device: Any) -> dict[str, Any]:
     """Return questions about one image each, padded on the left."""
     import torch
     from benchmarks.training.workloads import WORKLOADS, samples
 
-    asked = [sample["messages"][:1] for sample in samples(WORKLOADS[options.workload], options.rows)]
+    asked = [sample["messages"][:1] for sample in samples(WORKLOADS[workload], rows)]
     processor.tokenizer.padding_side = "left"
     texts = [processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in asked]
     images = [[turn[0]["content"][0]["image"]] for turn in asked]
@@ -139,7 +141,7 @@ def _bytes_read(model: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *scales))
 
 
-def _profile(clock: _Clock) -> None:
+def _profile(clock: AnswerClock) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     tokens = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ def unsloth(folder: str, mode: bool | str) -> Stack:
 
 
 STACKS: dict[str, Callable[[str, bool | str], Stack]] = {"fvlm": fvlm, "hf": hf, "liger": liger, "unsloth": unsloth}
+
+
+def installed() -> list[str]:
+    """Return the names of the stacks whose packages are there."""
+    needed = {"fvlm": "fvlm_vision", "hf": "peft", "liger": "liger_kernel", "unsloth": "unsloth"}
+    return [stack for stack in STACKS if find_spec(needed[stack]) is not None]
 
 
 def _plain_collator(model: Any, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

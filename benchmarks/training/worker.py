@@ -1,9 +1,11 @@
 """Train one stack for a few steps and print what was measured as one line of JSON; `run` starts it.
 
     python -m benchmarks.training.worker STACK FOLDER [--workload ocr] [--steps 16] [--warmup 6] [--mode unsloth]
+        [--decode 64]
 
 A process of its own for each stack: what one of them patches, caches or leaves allocated is no other's business, and
-the time from the start of the process to the end of the tenth step is what a user waits.
+the time from the start of the process to the end of the tenth step is what a user waits. The trained model then gives
+an answer of some tokens, unless 0 are asked for; the line is printed before that as well.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import asdict
 from typing import Any
 
 STARTED = time.time()
 
 
-def train(options: argparse.Namespace) -> dict[str, object]:
-    """Load, train, measure."""
-    from benchmarks.training.stacks import STACKS
-
+def train(options: argparse.Namespace) -> tuple[dict[str, object], Any, Any]:
+    """Load, train, measure; return the figures, the model and its processor."""
     if options.stack == "unsloth":
         import unsloth  # noqa: F401  # it must come before transformers
     import torch
+    from benchmarks.training.stacks import STACKS
     from benchmarks.training.workloads import WORKLOADS, samples
     from transformers import set_seed
 
@@ -56,24 +58,40 @@ def train(options: argparse.Namespace) -> dict[str, object]:
             **({"processing_class": processor} if options.stack == "fvlm" else {}),
         )
         trainer.train()
+    from benchmarks.training.arithmetic import Counts  # no stack's time to the tenth step is to have it in it
+
     ends = clock.ends
     steps = [later - earlier for earlier, later in itertools.pairwise(ends)][max(options.warmup - 1, 0) :]
-    lengths = [batch["input_ids"].shape[1] for batch in ready]
-    tokens = lengths[0] * workload.batch * workload.accumulation
-    return {
+    brings = Counts.of_step(ready, model.config, len(ready) / workload.accumulation)
+    cuda = torch.cuda.is_available()
+    row = {
         "stack": options.stack,
         "workload": options.workload,
         "mode": str(mode),
-        "lengths": lengths,
+        "lengths": [batch["input_ids"].shape[1] for batch in ready],
         "step_s": statistics.median(steps),
-        "tokens_s": tokens / statistics.median(steps),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
+        "tokens_s": brings.tokens / statistics.median(steps),
+        "step_brings": asdict(brings),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
         "import_s": imported,
         "load_s": loaded,
         "to_step_10_s": ends[9] - STARTED if len(ends) > 9 else None,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "decode_tokens_s": None,
     }
+    return row, model, processor
+
+
+def decode_rate(options: argparse.Namespace, model: Any, processor: Any) -> float:
+    """Return the tokens a second of one answer behind its prompt, once all is compiled and recorded."""
+    from benchmarks.decoding.worker import SHORT, AnswerClock, prepare, prompt
+
+    prepare(options.stack, model)
+    clock = AnswerClock(model, prompt(processor, options.workload, 1, model.device))
+    clock(8)
+    clock(options.decode)
+    return (options.decode - SHORT) / (clock(options.decode) - clock(SHORT))
 
 
 def _clock(warmup: int) -> Any:
@@ -145,7 +163,13 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--mode", default="unsloth")
     parser.add_argument("--optim", default="adamw_8bit")
-    print("RESULT " + json.dumps(train(parser.parse_args())))
+    parser.add_argument("--decode", type=int, default=64)
+    options = parser.parse_args()
+    row, model, processor = train(options)
+    print("RESULT " + json.dumps(row), flush=True)  # it stands, should answering fail
+    if options.decode:
+        row["decode_tokens_s"] = decode_rate(options, model, processor)
+        print("RESULT " + json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_WORDS = ("invoice", "total", "amount", "date", "payment", "number", "customer", "street", "item", "price", "tax")
+WORDS = ("invoice", "total", "amount", "date", "payment", "number", "customer", "street", "item", "price", "tax")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ WORKLOADS = {
 def text(source: random.Random, words: int) -> str:
     """Return so many words, some with numbers behind them."""
     return " ".join(
-        source.choice(_WORDS) + (str(source.randint(0, 9999)) if source.random() < 0.3 else "") for _ in range(words)
+        source.choice(WORDS) + (str(source.randint(0, 9999)) if source.random() < 0.3 else "") for _ in range(words)
     )
 
 

@@ -72,6 +72,22 @@ def test_what_has_no_gradient():
     assert torch.equal(flat.parameter.grad[-BLOCK * 17 :][: ours[4].numel()], ours[4].grad.flatten())
 
 
+def test_a_flat_gradient_is_held_until_it_is_released():
+    ours = parameters()
+    flat = FlatParameters(ours)
+    for step in range(2):
+        assert flat.parameter.grad is None
+        give_gradients(ours, step)
+        before = [p.grad.clone() for p in ours]
+        flat.gather()
+        give_gradients(ours, 7)
+        flat.scatter()
+        assert all(torch.equal(p.grad, value) for p, value in zip(ours, before, strict=True))
+        flat.release()
+        flat.scatter()  # of nothing
+        assert all(torch.equal(p.grad, value) for p, value in zip(ours, before, strict=True))
+
+
 def test_clipping_equals_torchs():
     for limit in (0.5, 1e6, float("inf")):
         ours, theirs = parameters(), parameters()

@@ -37,37 +37,45 @@ class FlatParameters:
         first = self.parameters[0]
         rooms = [-(-p.numel() // BLOCK) * BLOCK for p in self.parameters]
         flat = torch.zeros(sum(rooms), dtype=first.dtype, device=first.device)
-        self._gradient = torch.zeros_like(flat)
-        self._views: list[Tensor] = []
-        for parameter, value, gradient in zip(
-            self.parameters, flat.split(rooms), self._gradient.split(rooms), strict=True
-        ):
-            place = value[: parameter.numel()].view(parameter.shape)
+        self._rooms, self._views = rooms, list[Tensor]()
+        for parameter, place in zip(self.parameters, self._places_in(flat), strict=True):
             place.copy_(parameter.data)
             parameter.data = place
-            self._views.append(gradient[: parameter.numel()].view(parameter.shape))
         self.parameter = nn.Parameter(flat)
         """``(n,)``: all of them; what the optimizer is given."""
 
+    def _places_in(self, flat: Tensor) -> list[Tensor]:
+        """Return the parts of a flat tensor that belong to the parameters, in their shapes."""
+        parts = zip(self.parameters, flat.split(self._rooms), strict=True)
+        return [part[: p.numel()].view(p.shape) for p, part in parts]
+
     def gather(self) -> None:
-        """Copy the parameters' gradients to the flat one's.
+        """Copy the parameters' gradients to the flat one's, which is made for it and held until `release`.
 
         Where no parameter has a gradient the flat one has none either, and the optimizer passes it over. Where some
         have none they count as zero.
         """
         grads = [p.grad for p in self.parameters]
         if all(g is None for g in grads):
-            self.parameter.grad = None
+            self.release()
             return
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+            self._views = self._places_in(self.parameter.grad)
         missing = [view for view, g in zip(self._views, grads, strict=True) if g is None]
         if missing:
             torch._foreach_zero_(missing)
         pairs = [(view, g) for view, g in zip(self._views, grads, strict=True) if g is not None]
         torch._foreach_copy_([view for view, _ in pairs], [g for _, g in pairs])
-        self.parameter.grad = self._gradient
+
+    def release(self) -> None:
+        """Free the flat gradient, which would lie beside the parameters' own while the next ones are computed."""
+        self.parameter.grad, self._views = None, []
 
     def scatter(self) -> None:
         """Copy the flat one's gradient, as `gather` left it, to those parameters that have a gradient."""
+        if not self._views:
+            return
         pairs = [(p.grad, view) for p, view in zip(self.parameters, self._views, strict=True) if p.grad is not None]
         if pairs:
             torch._foreach_copy_([g for g, _ in pairs], [view for _, view in pairs])

@@ -56,6 +56,7 @@ class FlatOptimizer:
         self.optimizer = kind(own, **options)
         self._gathered = False
         self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_post_hook(self._after_step)
 
     @staticmethod
     def suits(kind: Any, options: Mapping[str, Any]) -> bool:
@@ -76,7 +77,7 @@ class FlatOptimizer:
         return [p for p in self.parameters if id(p) not in flat]
 
     def hold(self) -> None:
-        """Copy the gradients so far to the flat ones' place, which is free until the next step."""
+        """Copy the gradients so far to the flat ones."""
         for flat in self._flat:
             flat.gather()
 
@@ -97,3 +98,7 @@ class FlatOptimizer:
             for flat in self._flat:
                 flat.gather()
         self._gathered = False
+
+    def _after_step(self, *_: Any) -> None:
+        for flat in self._flat:
+            flat.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from fvlm_vision.flat_optimizer import FlatOptimizer
 from fvlm_vision.trainer import FastVisionTrainer
@@ -39,6 +40,28 @@ def test_the_same_weights(lora, processor, rows, arguments, trained, flat, optim
     torch.testing.assert_close(losses, stock_losses, rtol=1e-5, atol=0)
     for name, expected in stock_weights.items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_flat_gradient_lies_beside_the_parameters_own(lora, processor, rows, arguments, trained, flat):
+    flat(True)
+    held = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **rest):
+            held.append([p.grad is not None for p in trainer._flat.parameters])
+
+        def on_step_end(self, args, state, control, **rest):
+            held.append([p.grad is not None for p in trainer._flat.parameters if len(trainer._flat.behind(p)) > 1])
+
+    trainer = FastVisionTrainer(
+        model=lora(r=64),
+        tokenizer=processor,
+        train_dataset=rows,
+        args=arguments(max_steps=2, max_grad_norm=0.5),
+        callbacks=[Watch()],
+    )
+    trained(trainer)
+    assert [any(there) for there in held] == [True, False] * 2
 
 
 def test_an_optimizer_of_another_kind_gets_the_parameters_themselves(lora, processor, rows, arguments, trained, flat):

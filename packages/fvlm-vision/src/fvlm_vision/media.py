@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fvlm_core.errors import DataError
 from fvlm_vision.fetch import FetchLimits, fetch, shown
+from fvlm_vision.png import decode_plain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -135,6 +136,9 @@ class ImageReader:
             self.check_size(image.size)  # the header alone has been read: nothing large is allocated yet
             if decode:
                 self._note_animation(image, name)
+                plain = decode_plain(encoded, image)
+                if plain is not None:
+                    return plain
                 image.load()
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
             if isinstance(error, DataError):

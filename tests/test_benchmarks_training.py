@@ -175,3 +175,36 @@ def test_what_a_step_waits_for_data_is_told(run, tmp_path, capsys, monkeypatch):
     assert live["step_s"] > live["wait_s"]
     assert live["loader_images_s"] < 20
     assert "0 workers" in capsys.readouterr().out
+
+
+def test_a_profile_says_what_the_device_does_and_waits_for(run, tmp_path, capsys):
+    from benchmarks.training import profile
+
+    def event(cat, name, start, long):
+        return {"cat": cat, "name": name, "ts": start, "dur": long}
+
+    events = [
+        event("kernel", "cutlass_gemm", 1000, 400),
+        event("gpu_memcpy", "Memcpy DtoH", 1300, 50),  # beside it
+        event("kernel", "flash_fwd", 1900, 600),
+        event("kernel", "norm", 2600, 100),
+        event("cuda_runtime", "cudaStreamSynchronize", 1390, 300),
+        event("cpu_op", "aten::item", 1380, 330),
+        event("cpu_op", "aten::mul", 100, 20),
+        {"cat": "kernel_other", "name": "x", "ts": 5, "ph": "i"},
+    ]
+    assert profile.gaps(events) == [
+        (500, "cutlass_gemm", "flash_fwd", "aten::item 310, cudaStreamSynchronize 290"),
+        (100, "flash_fwd", "norm", ""),
+    ]
+    told = profile.report(events, 2, 5)
+    assert "a step: 0.8 ms, idle 0.3 ms" in told
+    kinds = ["0.30 ms attention", "0.20 ms matrix products", "0.05 ms the rest", "0.03 ms copies"]
+    assert [line.strip() for line in told.splitlines()[1:5]] == kinds
+    arguments = [str(tmp_path / "tiny"), "--workload", "toy", "--optim", "adamw_torch", "--warmup", "2", "--steps", "1"]
+    profile.main(["tiny", *arguments, "--trace", str(tmp_path / "trace.json")])
+    assert "tiny toy unsloth\nnothing ran on a device" in capsys.readouterr().out
+    assert any(
+        event.get("name") == "aten::embedding"
+        for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    )

@@ -7,8 +7,8 @@ import torch
 from matrix_tools import LOADING, assert_same, gradients, ours, plain, same_start, sample, stock
 from transformers import AutoModelForImageTextToText
 
-from fvlm_core.checkpointing import apply_checkpointing, use_graphs
-from fvlm_core.fused import fuse_model
+from fvlm_core.checkpointing import apply_checkpointing, graphs_of, use_graphs
+from fvlm_core.fused import fuse_model, unfuse_model
 from fvlm_core.graphs import LayerGraphs
 from fvlm_core.testing import FAMILIES, tiny_checkpoint
 from fvlm_vision import FastVisionDataCollator, FastVisionModel
@@ -63,3 +63,63 @@ def test_auto_gives_stocks_loss_and_gradients(folder, precision):
 @pytest.mark.parametrize("tower", ["vision", "language"])
 def test_auto_with_a_frozen_tower(folder, tower):
     assert_auto_is_stock(*both(folder, "16bit", **{f"finetune_{tower}_layers": False}), recorded=True)
+
+
+def in_bf16(folder, device, precision):
+    """FVLM's model with weights in bf16, its processor, and what records it under "auto"."""
+    options = {"dtype": torch.bfloat16, "fused_layers": True, "device_map": {"": device}}
+    model, processor = FastVisionModel.from_pretrained(str(folder), **{LOADING[precision]: True}, **options)
+    model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=8, use_gradient_checkpointing="auto")
+    same_start((model,))
+    graphs = graphs_of(model)
+    if graphs is None:
+        graphs = LayerGraphs(rehearse=True)
+        use_graphs(model, graphs)
+        assert apply_checkpointing(model, "auto") == "auto"
+    FastVisionModel.for_training(model)
+    return model, processor, graphs
+
+
+def batch_for(model, processor, device):
+    """A batch on a device, as the collator makes it for a model with or without fused layers."""
+    batch = FastVisionDataCollator(model, processor)(SAMPLES)
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+
+
+def distances(found, expected):
+    """How far each gradient is from what it should be, as a share of it."""
+    assert set(found[1]) == set(expected[1]) != set()
+    off = {name: (found[1][name] - g).norm() / g.norm() for name, g in expected[1].items()}
+    return torch.stack(list(off.values())).square().mean().sqrt().item(), max(off.values()).item()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        ("cpu", "16bit"),
+        pytest.param("cuda", "16bit", marks=pytest.mark.gpu),
+        pytest.param("cuda", "4bit", marks=pytest.mark.gpu),
+    ],
+)
+def test_recorded_in_bf16_under_autocast_is_as_near_the_truth_as_the_layers_themselves(folder, device, precision):
+    """Adapters lie in fp32 there, and recordings read copies of them: each must get the gradient all the same."""
+    model, processor, graphs = in_bf16(folder, device, precision)
+    batch = batch_for(model, processor, device)
+    with torch.autocast(device, torch.bfloat16):
+        for _ in range(3):
+            found = gradients(model, batch)
+        assert graphs.replayed > graphs.recorded > 0
+        use_graphs(model, None)
+        apply_checkpointing(model, False)
+        unfuse_model(model)
+        batch = plain(batch_for(model, processor, device), processor)
+        stock = gradients(model, batch)
+    if precision == "4bit":  # no truth without quantization: two roundings of bfloat16
+        overall, worst = distances(found, stock)
+        assert overall < 0.05
+        assert worst < 0.25
+        return
+    truth = gradients(model.float(), batch)
+    ours, theirs = distances(found, truth), distances(stock, truth)
+    assert 0 < ours[0] <= 2 * theirs[0]
+    assert ours[1] <= 2 * theirs[1]

@@ -63,6 +63,16 @@ def test_a_tower_of_tiles_makes_no_mask_and_the_same_states(model, tiles, monkey
     assert_same(run(tower, images(tiles)), expected)
 
 
+def test_under_autocast_the_states_are_what_the_projector_reads(model):
+    tower, given = task_model(model).model.vision_model, images((1, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = tower(**given).last_hidden_state
+        fuse_model(model)
+        ours = tower(**given).last_hidden_state
+    assert (stock.dtype, ours.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(ours, stock.bfloat16(), rtol=5e-2, atol=5e-2)
+
+
 def test_one_recording_serves_images_of_any_tiles(model, monkeypatch):
     tower = task_model(model).model.vision_model
     batches = [images(tiles, seed) for seed, tiles in enumerate([(1, 2), (4, 3), (2, 2), (3, 1)])]

@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
-from family_tools import TRAINED, modules_of, recorded
-from fused_tools import adapted_model
+from family_tools import TRAINED, modules_of
+from fused_tools import adapted_model, recorded
 from torch.nn.functional import scaled_dot_product_attention as plain_attention
 
+from fvlm_core import flash
 from fvlm_core.arch import task_model
 from fvlm_core.fused import fuse_model
+from fvlm_core.fused.norms import add_and_normalize, normalized
 from fvlm_core.fused.tiles import kept_apart
+from fvlm_core.passes import quick_attention
 
 MASK = "transformers.models.mllama.modeling_mllama._prepare_aspect_ratio_attention_mask"
 
@@ -73,13 +76,14 @@ def test_under_autocast_the_states_are_what_the_projector_reads(model):
     torch.testing.assert_close(ours, stock.bfloat16(), rtol=5e-2, atol=5e-2)
 
 
-def test_one_recording_serves_images_of_any_tiles(model, monkeypatch):
+@pytest.mark.parametrize("keep_from", [1, 10**6], ids=["attention kept", "all again"])
+def test_one_recording_serves_images_of_any_tiles(model, keep_from, monkeypatch):
     tower = task_model(model).model.vision_model
     batches = [images(tiles, seed) for seed, tiles in enumerate([(1, 2), (4, 3), (2, 2), (3, 1)])]
     expected = [run(tower, given) for given in batches]
     fuse_model(model)
     monkeypatch.setattr(MASK, None)
-    graphs = recorded(model)
+    graphs = recorded(model, "offload", keep_attention_from=keep_from)
     for given, wanted in zip(batches, expected, strict=True):
         assert_same(run(tower, given), wanted)
     layers = len(modules_of(model, "tower_block"))
@@ -135,3 +139,73 @@ def test_tokens_that_are_kept_apart_give_each_other_no_weight(dtype, width):
     expected.sum().backward()
     for got, wanted in zip(leaves, others, strict=True):
         torch.testing.assert_close(got.grad, wanted.grad, **close)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "behind an addition"])
+def test_a_norm_under_autocast_is_rounded_once_for_all_that_read_it(alone):
+    """A tower under autocast carries fp32 from layer to layer; each linear layer would round the norm for itself."""
+    generator = torch.Generator().manual_seed(0)
+    norm, linear = torch.nn.LayerNorm(64), torch.nn.Linear(64, 32)
+    x, residual = (torch.randn(2, 5, 64, generator=generator, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = normalized(norm, x) if alone else add_and_normalize(norm, x, residual)[0]
+        expected = norm(x) if alone else norm(x + residual)
+        ours, stock = linear(got), linear(expected)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected.bfloat16())
+    torch.testing.assert_close(ours, stock)
+    dout = torch.randn(ours.shape, generator=generator).bfloat16()
+    ours, stock = (torch.autograd.grad(out, x, dout)[0] for out in (ours, stock))
+    assert (ours - stock).norm() < 1e-4 * stock.norm()
+    assert normalized(norm, x).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flash_4", [True, False], ids=["flash-attn-4", "PyTorch"])
+def test_on_a_gpu_heads_of_80_channels_equal_float64(flash_4, monkeypatch):
+    if not flash_4:
+        monkeypatch.setattr(flash, "takes", lambda *_, **__: False)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(2, 2112, 4, 80, generator=generator).to("cuda", torch.bfloat16) for _ in range(4))
+    filling = torch.stack([torch.arange(2112) % 264 > 256, torch.arange(2112) > 300]).cuda()
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    wide = [x.transpose(1, 2) for x in kept_apart(*leaves, filling)]
+    assert not flash_4 or flash.takes(*wide[:2], causal=False), "install fvlm-core[flash]; a Hopper GPU is needed"
+    out = quick_attention(*wide, causal=False, scale=80**-0.5)
+    out = plain_attention(*wide, scale=80**-0.5) if out is None else out
+    got = [out[..., :80], *torch.autograd.grad(out[..., :80], leaves, dout.transpose(1, 2))]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    mask = ~(filling[:, None, :, None] & filling[:, None, None, :])
+    want = plain_attention(*(x.transpose(1, 2) for x in exact), attn_mask=mask, scale=80**-0.5)
+    wanted = [want, *torch.autograd.grad(want, exact, dout.double().transpose(1, 2))]
+    for one, expected in zip(got, wanted, strict=True):
+        assert (one.double() - expected).norm() < 6e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_encoder_that_keeps_its_attention_between_the_passes(tiny):
+    model = adapted_model(tiny("mllama"), dtype=torch.bfloat16, targets=TRAINED, device="cuda")
+    fuse_model(model)
+    encoder = task_model(model).model.vision_model.transformer
+    generator = torch.Generator().manual_seed(0)
+    x, dout = (torch.randn(2, 2080, 64, generator=generator).cuda() for _ in range(2))
+    filling = (torch.arange(2080, device="cuda") % 8 > 4).expand(2, -1)
+    mask = filling[:, None, :, None] & filling[:, None, None, :]
+    mask = torch.zeros(mask.shape, device="cuda", dtype=torch.bfloat16).masked_fill(mask, -1e38)
+
+    def once(**seen):
+        encoder.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = encoder(leaf, **seen).last_hidden_state
+        out.backward(dout)
+        return [out, leaf.grad, *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)]
+
+    expected = once(attention_mask=mask)
+    graphs = recorded(model, "offload", keep_attention_from=2048)
+    for _ in range(3):
+        got = once(filling=filling)
+        assert len(got) == len(expected) > 10
+        for one, wanted in zip(got, expected, strict=True):
+            assert (one - wanted).norm() < 3e-2 * wanted.norm()
+    assert (graphs.recorded, graphs.replayed) == (3, 6)

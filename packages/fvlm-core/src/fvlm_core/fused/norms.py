@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fvlm_core.fused.kinds import kind_of
@@ -21,13 +22,13 @@ def gemma_rms_norm_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def normalized(norm: Any, x: Tensor) -> Tensor:
-    """Return the norm of x in x's own dtype.
+    """Return the norm of x in the dtype in which linear layers read it.
 
-    Under CUDA autocast stock layer norms return fp32, which the linear layer behind them rounds; here it is rounded at
-    once.
+    Under CUDA autocast stock layer norms return fp32, which the linear layers behind them round, each for itself; here
+    it is rounded at once.
     """
     if type(norm) is nn.LayerNorm:
-        return layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=x.dtype)
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=_read_as(x))
     normed: Tensor = norm(x)
     return normed
 
@@ -36,7 +37,7 @@ def add_and_normalize(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, T
     """Return ``(norm(x + residual), x + residual)``, in one launch where the norm is one that is known here."""
     if x.dtype == residual.dtype:
         if type(norm) is nn.LayerNorm:
-            return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, out_dtype=x.dtype)
+            return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, out_dtype=_read_as(x))
         kind = kind_of(norm)
         if kind == "rms_norm":
             return rms_norm(x, norm.weight, norm.variance_epsilon, residual=residual)
@@ -44,3 +45,11 @@ def add_and_normalize(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, T
             return rms_norm(x, norm.weight, norm.eps, offset=1.0, rounding="gemma", residual=residual)
     total = residual + x
     return normalized(norm, total), total
+
+
+def _read_as(x: Tensor) -> torch.dtype:
+    """Return autocast's dtype for what it rounds in front of a linear layer, which is what is in fp32."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

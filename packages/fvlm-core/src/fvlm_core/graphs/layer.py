@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fvlm_core.fused.adapted import Adapted, substituted
+from fvlm_core.graphs.leaves import Leaves
 from fvlm_core.graphs.stage import Stage
 from fvlm_core.graphs.state import Copies, LayerState
 from fvlm_core.graphs.tape import Recorder, Tape
 from fvlm_core.passes import LayerPass, running
 from fvlm_core.repeat import once_more
-from fvlm_kernels import AttentionResiduals, LoRALinear
+from fvlm_kernels import AttentionResiduals
 
 Autocast = torch.dtype | None
 """The dtype of autocast where it is on."""
@@ -23,9 +23,6 @@ Autocast = torch.dtype | None
 
 class RecordedLayer:
     """A layer for one stage.
-
-    The adapters' matrices are cast to autocast's dtype once a pass, in one launch, instead of at each of their uses;
-    their gradients are rounded to that dtype either way.
 
     Args:
         state: the layer's state.
@@ -49,10 +46,7 @@ class RecordedLayer:
     ) -> None:
         self.state, self.stage, self.trained = state, stage, state.trained
         self._call, self._autocast, self._device = call, autocast, stage.x.device.type
-        self._copies: dict[int, Tensor] = {}
-        self._sources: list[Tensor] = []
-        self._substitutes: dict[nn.Module, Adapted] = {}
-        self._own_adapters(autocast, copies)
+        self._leaves = Leaves(state, autocast, copies)
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
         if self.trained:
@@ -69,39 +63,18 @@ class RecordedLayer:
         self._sizes = [p.numel() for p in self.trained]
         self._released = False
 
-    def _own_adapters(self, dtype: Autocast, copies: Copies) -> None:
-        """Read adapters through leaves of the layer's own: copies in autocast's dtype, else the same memory."""
-        # On the parameters hang hooks, and nodes that DDP holds on the default stream, which no recording may wait for.
-        for linear, one in self.state.pairs():
-            a, b = one.layer.a, one.layer.b
-            if a is None or b is None:
-                continue
-            if dtype is None or a.dtype == dtype:
-                own_a, own_b = (p.detach().requires_grad_(p.requires_grad) for p in (a, b))
-            else:
-                own_a, own_b = copies.of(a, dtype), copies.of(b, dtype)
-                self._sources += [a, b]
-            self._copies |= {id(a): own_a, id(b): own_b}
-            layer = LoRALinear(one.layer.base, own_a, own_b, one.layer.scaling, one.layer.bias, one.layer.dropout)
-            self._substitutes[linear] = Adapted(layer, one.compute_dtype, one.holds)
-
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        """Autocast without its cache of weights, whose entries would be recorded; adapters' copies in their place."""
+        """Leaves in the parameters' place, and autocast without its cache of weights, which would be recorded."""
         casting: AbstractContextManager[Any] = nullcontext()
         if self._autocast is not None:
             casting = torch.autocast(self._device, self._autocast, cache_enabled=False)
-        with substituted(self._substitutes), casting:
+        with self._leaves.in_place(), casting:
             yield
-
-    def _refresh(self) -> None:
-        if self._sources:
-            with torch.no_grad():
-                torch._foreach_copy_([self._copies[id(p)] for p in self._sources], self._sources)
 
     def work_forward(self) -> None:
         """What is recorded as the forward pass."""
-        self._refresh()
+        self._leaves.refresh()
         first = LayerPass(False, [], self._keep_from)
         with torch.no_grad(), self._prepared(), running(first):
             self.stage.y.copy_(self._run(self.stage.x))
@@ -109,7 +82,7 @@ class RecordedLayer:
 
     def work_backward(self) -> None:
         """What is recorded as the backward pass: the forward pass again, but for what is known, and the gradients."""
-        self._refresh()
+        self._leaves.refresh()
         x = self.stage.x.detach().requires_grad_(self.stage.needs_dx)
         second = LayerPass(True, self._attention, self._keep_from)
         with torch.enable_grad(), self._prepared(), running(second):
@@ -118,7 +91,7 @@ class RecordedLayer:
 
     def work_forward_kept(self) -> None:
         """What is recorded as the forward pass of a layer that keeps what it computes, its own input included."""
-        self._refresh()
+        self._leaves.refresh()
         x = self.stage.x.clone().requires_grad_(self.stage.needs_dx)
         with torch.enable_grad(), self._prepared():
             y = self._run(x)
@@ -134,17 +107,14 @@ class RecordedLayer:
 
     def _differentiate(self, x: Tensor, y: Tensor, keep: bool) -> None:
         """Write the gradients of the input and of the trained parameters to the stage."""
-        leaves = [self._copies.get(id(p), p) for p in self.trained]
-        apart = [p for p in self.trained if id(p) in self._copies]  # what is not fused reads the parameters themselves
-        wanted = [*([x] if self.stage.needs_dx else []), *leaves, *apart]
+        leaves = self._leaves.all
+        wanted = [*([x] if self.stage.needs_dx else []), *leaves]
         found = list(torch.autograd.grad(y, wanted, self.stage.dy, allow_unused=True, retain_graph=keep))
         with torch.no_grad():
             if self.stage.needs_dx and self.stage.dx is not None:
                 _put([self.stage.dx], [found.pop(0)])
             if leaves:
-                direct = dict(zip(map(id, apart), found[len(leaves) :], strict=True))
-                found = [direct.get(id(p)) if g is None else g for p, g in zip(self.trained, found, strict=False)]
-                _put(self._views, found)
+                _put(self._views, self._leaves.merged(found))
 
     def _run(self, x: Tensor) -> Tensor:
         out: Tensor = self._call(x, **self.stage.kwargs)
@@ -163,7 +133,7 @@ class RecordedLayer:
         """
         x = self.stage.x
         with torch.no_grad(), self._prepared():
-            self._refresh()
+            self._leaves.refresh()
             out: Any = self._call(x, **self.stage.kwargs)
         if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype != x.dtype:
             return False

@@ -44,6 +44,9 @@ class LayerState:
         biases = [one.layer.bias for one in self.adapted if one is not None and one.layer.bias is not None]
         adapters = [p for one in self.adapted if one is not None for p in (one.layer.a, one.layer.b) if p is not None]
         self.trained = [p for p in (*adapters, *biases, *others) if p.requires_grad]
+        own = [(m._parameters, name) for m in module.modules() for name in m._parameters]
+        self.places = [(held, name, p) for held, name in own if (p := held[name]) is not None and p.requires_grad]
+        """Where modules hold parameters that are trained: their dictionary, the name in it, the parameter."""
         self._hooks = hooks_inside(module)
         self.reason = self._unfit(module)
         """Why it cannot be recorded, or None."""
@@ -66,9 +69,12 @@ class LayerState:
         )
 
     def pairs(self) -> Iterator[tuple[nn.Module, Adapted]]:
-        """Yield each linear layer that has an adapter with what it is for the kernels."""
+        """Yield each linear layer that has an adapter or a trained bias with what it is for the kernels."""
         for linear, one in zip(self._linears, self.adapted, strict=True):
-            if one is not None and one.layer.a is not None:
+            if one is None:
+                continue
+            bias = one.layer.bias
+            if one.layer.a is not None or (bias is not None and bias.requires_grad):
                 yield linear, one
 
 

@@ -77,3 +77,17 @@ def test_the_record_names_bytes(tools: Any, adapter: Path, tmp_path: Path) -> No
     first, second = (read_report(folder).adapters["default"]["sha256"] for folder in (same, other))
     assert len(first) == len(second) == 64
     assert first != second, "the hash is of the adapter's values"
+
+
+def test_the_record_names_every_adapter_though_their_folders_are_named_alike(tools: Any, tmp_path: Path) -> None:
+    base, folders = tools.checkpoint(), [tmp_path / "monday" / "adapter", tmp_path / "tuesday" / "adapter"]
+    for seed, folder in enumerate(folders):
+        tools.adapted(tools.load(base), seed=seed).save_pretrained(folder)
+    weights = {str(folders[0]): 0.25, str(folders[1]): 0.75}
+    out = save_pretrained_merged(folders[0], tmp_path / "out", base=base, adapters=weights, progress=False)
+    first, second = (sha256_of(folder / "adapter_model.safetensors") for folder in folders)
+    assert read_report(out).adapters == {
+        "adapter": {"weight": 0.25, "sha256": first},
+        "adapter (2)": {"weight": 0.75, "sha256": second},
+    }
+    assert "2 LoRA adapters" in (out / "README.md").read_text()

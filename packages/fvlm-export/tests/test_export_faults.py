@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
 from fvlm_export import safetensor_writer, save_pretrained_merged
 from fvlm_export.safetensor_writer import SafetensorWriter
+from fvlm_export.verify import _same_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -203,6 +204,16 @@ def test_what_is_written_wrong_is_not_published(
         merge(adapter, tmp_path / "out", tools.checkpoint())
     assert damaged
     assert empty(tmp_path)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 13, 64, 1001])
+def test_one_byte_anywhere_tells_two_pieces_apart(length: int) -> None:
+    piece = bytearray(range(256)) * 4
+    assert _same_bytes(memoryview(piece)[:length], memoryview(bytearray(piece))[:length])
+    for place in range(length):
+        other = bytearray(piece)
+        other[place] ^= 0x80
+        assert not _same_bytes(memoryview(piece)[:length], memoryview(other)[:length]), place
 
 
 def test_a_header_written_wrong_is_not_published(

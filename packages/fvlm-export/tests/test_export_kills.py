@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -16,6 +18,7 @@ import pytest
 from fvlm_core.errors import CheckpointError, ConfigError, ExportError
 from fvlm_export import read_report, save_pretrained_merged, write
 from fvlm_export.remote import UnreachableError
+from fvlm_export.resume import Journal
 from fvlm_export.safetensor_file import sha256_of
 from fvlm_export.safetensor_writer import SafetensorWriter
 from fvlm_export.work_folder import WorkFolder
@@ -111,6 +114,48 @@ def test_what_breaks_a_merge_off_leaves_its_finished_shards_and_what_fails_it_do
     assert written
     assert not set(finished) & set(written)
     assert sorted(path.name for path in out.glob("*.safetensors")) == sorted([*finished, *written])
+
+
+@pytest.mark.parametrize("other", ["values", "weight", "rows"])
+def test_shards_of_another_adapter_are_not_taken_over(
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    base, out = tools.checkpoint(), tmp_path / "out"
+    first, second = tmp_path / "first", tmp_path / "second"
+    config: dict[str, Any] = {"trainable_token_indices": [3, 5]} if other == "rows" else {}
+    tools.adapted(tools.load(base), **config).save_pretrained(first)
+    if other == "values":
+        tools.adapted(tools.load(base), seed=7).save_pretrained(second)
+    else:
+        shutil.copytree(first, second)
+    if other == "rows":  # the file is the same, byte for byte
+        noted = json.loads((second / "adapter_config.json").read_text())
+        (second / "adapter_config.json").write_text(json.dumps({**noted, "trainable_token_indices": [3, 6]}))
+    weights = {str(second): 0.5} if other == "weight" else None
+    whole = merge(second, tmp_path / "whole", base, max_shard_size="300KB", adapters=weights)
+
+    def broken_off(*args: Any, **kwargs: Any) -> Any:
+        yield from itertools.islice(write_shards(*args, **kwargs), 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fvlm_export.build.write_shards", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        merge(first, out, base, max_shard_size="300KB")
+    monkeypatch.undo()
+    assert len(list((tmp_path / ".out.unfinished").glob("*.safetensors"))) == 5
+    taken: list[bool] = []
+    real = Journal.finished
+
+    def watched(self: Journal, name: str) -> Any:
+        found = real(self, name)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Journal, "finished", watched)
+    merge(second, out, base, max_shard_size="300KB", adapters=weights)
+    assert len(taken) > 5
+    assert not any(taken)
+    assert read_report(out).files == read_report(whole).files
 
 
 def run_and_kill(arguments: tuple[Path, Path, Path], after: float | None, lanes: int) -> float:

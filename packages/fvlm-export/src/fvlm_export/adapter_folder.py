@@ -25,6 +25,7 @@ from fvlm_export.layout import Layout
 from fvlm_export.older_names import use_todays_names
 from fvlm_export.safetensor_file import SafetensorFile
 from fvlm_export.skeleton import Skeleton, skeleton_of
+from fvlm_export.threads import torch_threads
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -149,7 +150,8 @@ def _load(peft: PeftModel, adapter: str, folder: Path, layout: Layout) -> None:
     file = SafetensorFile(path)
     expected = get_peft_model_state_dict(peft, adapter_name=adapter, save_embedding_layers=False)
     tensors = {_renamed(key, expected, layout): file.tensor(key) for key in file.infos}
-    _check_finite(tensors, path)
+    with torch_threads(1):
+        _check_finite(tensors, path)
     missing = sorted(key for key in expected if key not in tensors and ".lora_" in key)
     if missing:
         raise CheckpointError(f"{path} lacks {missing[0]!r}, which its config asks for; save the adapter again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,6 +182,7 @@ def _key(task: Task, plan: Plan, options: Options, base_print: str | None) -> st
         "onto": task.why,
         "method": options.save_method,
         "device": task.device.type,
+        "adapters": json.dumps([*task.adapters.values()]),  # whatever their folders are called
         **versions(),
     }
     return merge_key(plan, task.changes, facts)

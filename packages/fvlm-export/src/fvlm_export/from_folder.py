@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def task_from_folder(
     dequantized = base is not None and str(base) == DEQUANTIZED
     base = None if dequantized else base
     folders = _adapter_folders(folder, adapters)
+    hashes = _hashes(folders)
     source = _base_of(folder, folders, base, token)
     raw = read_config(source, trust_remote_code)
     config = _load_config(source, trust_remote_code)
@@ -82,7 +84,7 @@ def task_from_folder(
         changes = placed.own_parameters()
         for param, own in changes_of(placed.model, {name: folders[path] for name, path in names.items()}).items():
             changes[param] = [*changes.get(param, []), *own]
-        facts = {path.name: {"weight": weight, "sha256": sha256_of(path / WEIGHTS)} for path, weight in folders.items()}
+        facts = _facts(folders, hashes)
     if through is not None:
         onto = DEQUANTIZED
         why = f"base='dequantized' was asked for: the base quantized to {through.bits} bit as in training, dequantized."
@@ -106,6 +108,25 @@ def task_from_folder(
         revision=commit,
         training=_training(folders),
     )
+
+
+def _hashes(folders: Iterable[Path]) -> dict[Path, Future[str]]:
+    """Have the adapters' files hashed in the background; what cannot be read is an error where it is wanted."""
+    with_it = ThreadPoolExecutor(1)
+    hashes = {path: with_it.submit(sha256_of, path / WEIGHTS) for path in folders}
+    with_it.shutdown(wait=False)
+    return hashes
+
+
+def _facts(folders: Mapping[Path, float], hashes: Mapping[Path, Future[str]]) -> dict[str, dict[str, Any]]:
+    """Return adapter → its weight and hash: by its folder's name, and a number where another has that."""
+    facts: dict[str, dict[str, Any]] = {}
+    for path, weight in folders.items():
+        name, number = path.resolve().name, 1
+        while (f"{name} ({number})" if number > 1 else name) in facts:
+            number += 1
+        facts[f"{name} ({number})" if number > 1 else name] = {"weight": weight, "sha256": hashes[path].result()}
+    return facts
 
 
 def _training(folders: Mapping[Path, float]) -> Training:

@@ -93,39 +93,45 @@ def keep_finished(folder: Path, also: frozenset[str]) -> int:
 
 
 def merge_key(plan: Plan, changes: Mapping[str, list[Change]], facts: Mapping[str, str]) -> str:
-    """Return what identifies a merge: every output tensor, every trained value, and what the base is.
+    """Return what identifies a merge: every output tensor, what is done to it, and what it is made of.
 
     Args:
         plan: what will be written, where.
-        changes: parameter → what the adapters do to it; their values are hashed.
-        facts: anything else that the result depends on.
+        changes: parameter → what the adapters do to it; not by which values, which the facts must tell.
+        facts: anything else that the result depends on: the hashes of the adapters' files are among them.
     """
     digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode())
     for shard in plan.shards:
         for item in shard:
             digest.update(repr((item.outputs, item.copy_of)).encode())
         digest.update(b"|")
-    digest.update(hash_of_changes(changes).encode())
+    digest.update(hash_of_changes(changes, values=False).encode())
     return digest.hexdigest()
 
 
-def hash_of_changes(changes: Mapping[str, list[Change]]) -> str:
-    """Return a hash of everything that adapters do: which parameters they change, in what form, by which values."""
+def hash_of_changes(changes: Mapping[str, list[Change]], *, values: bool = True) -> str:
+    """Return a hash of everything that adapters do: which parameters they change, in what form, by which values.
+
+    Args:
+        changes: parameter → what the adapters do to it.
+        values: whether the values of their tensors count; else only the tensors' shapes and dtypes do.
+    """
     digest = hashlib.sha256()
     for param in sorted(changes):
         for change in changes[param]:
             digest.update(f"{param}{type(change).__name__}".encode())
-            _hash_change(digest, change)
+            _hash_change(digest, change, values)
     return digest.hexdigest()
 
 
-def _hash_change(digest: hashlib._Hash, change: Change) -> None:
+def _hash_change(digest: hashlib._Hash, change: Change, values: bool) -> None:
     tensors: list[torch.Tensor | None] = []
     if isinstance(change, LowRank):
         digest.update(f"{change.scaling!r}{change.form.name}".encode())
         tensors = [change.a, change.b, change.magnitude]
     elif isinstance(change, Rows):
-        tensors = [change.index, change.tensor]
+        digest.update(as_bytes(change.index.cpu()))  # of the adapter's config
+        tensors = [change.tensor]
     elif isinstance(change, Addition):
         digest.update(repr(change.scaling).encode())
         tensors = [change.tensor]
@@ -133,7 +139,7 @@ def _hash_change(digest: hashlib._Hash, change: Change) -> None:
         tensors = [change.tensor]
     for tensor in tensors:
         if tensor is not None:
-            digest.update(as_bytes(tensor.cpu()))
+            digest.update(as_bytes(tensor.cpu()) if values else f"{tuple(tensor.shape)}{tensor.dtype}".encode())
 
 
 def _noted(path: Path) -> dict[str, WrittenFile]:

@@ -36,6 +36,7 @@ _DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 PIECE = 1 << 23  # bytes read at once where a tensor is read piece by piece
+_HASHED = 1 << 25  # bytes hashed at once: a thread that hashes seldom waits for one that runs Python
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_HASHED, max(1, path.stat().st_size))))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 class Buffers:

@@ -146,9 +146,17 @@ def _written(item: Item, file: SafetensorFile, device: torch.device) -> dict[str
 
 def _equal(name: str, ours: Iterable[memoryview], theirs: Iterable[memoryview]) -> Iterator[memoryview]:
     for piece, wanted in zip(ours, theirs, strict=True):
-        if not torch.equal(torch.frombuffer(piece, dtype=torch.uint8), torch.frombuffer(wanted, dtype=torch.uint8)):
+        if not _same_bytes(piece, wanted):
             raise ExportError(f"{name!r} differs from the base though no adapter touches it; merge again.")
         yield piece
+
+
+def _same_bytes(first: memoryview, second: memoryview) -> bool:
+    """Compare eight bytes at a time, as far as that goes: torch compares elements of any size at about one pace."""
+    words = len(first) // 8 * 8
+    if words and not torch.equal(*(torch.frombuffer(part[:words], dtype=torch.int64) for part in (first, second))):
+        return False
+    return first[words:] == second[words:]
 
 
 def _finite(info: TensorInfo, pieces: Iterable[memoryview], *, of_base: bool) -> Iterator[memoryview]:

@@ -29,6 +29,7 @@ from fvlm_export.remote import Shard
 from fvlm_export.resume import Journal
 from fvlm_export.safetensor_file import Buffers, as_bytes
 from fvlm_export.safetensor_writer import SafetensorWriter, WrittenFile
+from fvlm_export.threads import torch_threads
 from fvlm_export.verify import Verifier
 
 _WORTH = 1 << 28  # bytes of a shard from which another one beside it pays
@@ -90,7 +91,7 @@ def write_shards(
     """
     with tqdm(total=plan.total, unit="B", unit_scale=True, desc="Merging", disable=not how.progress) as bar:
         desk = _Desk(plan, merger, folder, journal, verifier, how, bar)
-        with _threads_for(how.lanes), ThreadPoolExecutor(how.lanes) as pool:
+        with torch_threads(_threads_of_each(how.lanes)), ThreadPoolExecutor(how.lanes) as pool:
             shards = [pool.submit(desk.shard, number) for number in range(len(plan.shards))]
             try:
                 for number, shard in enumerate(shards):
@@ -126,16 +127,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-@contextmanager
-def _threads_for(lanes: int) -> Iterator[None]:
-    """Share torch's threads among the lanes and the threads that check what they wrote, and put them back."""
-    before = torch.get_num_threads()
-    if lanes > 1:
-        torch.set_num_threads(max(1, before // (2 * lanes)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _threads_of_each(lanes: int) -> int:
+    """Share torch's threads among the lanes and the threads that check what they wrote."""
+    return torch.get_num_threads() if lanes == 1 else max(1, torch.get_num_threads() // (2 * lanes))
 
 
 class _Desk:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from matrix_tools import ours, sample
@@ -57,7 +59,7 @@ def test_every_family_is_in_one_of_the_lists():
 
 
 def waits_of(model, batch):
-    """Where the fourth step waits: by then everything is compiled and recorded."""
+    """What the fourth step waits for: by then everything is compiled and recorded."""
     batch = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
     count = torch.tensor(20, device=model.device)
     waits = Waits(model.device)
@@ -68,7 +70,7 @@ def waits_of(model, batch):
                 continue
             with waits:
                 model(**batch, num_items_in_batch=count).loss.backward()
-    return waits.found
+    return waits
 
 
 def prepared(family, tmp_path, precision, mode="auto"):
@@ -84,7 +86,8 @@ def prepared(family, tmp_path, precision, mode="auto"):
 @pytest.mark.parametrize("family", FUSED)
 def test_a_step_asks_for_nothing(family, samples, tmp_path):
     model, processor = prepared(family, tmp_path, "16bit")
-    assert waits_of(model, FastVisionDataCollator(model, processor)(samples)) == set()
+    waits = waits_of(model, FastVisionDataCollator(model, processor)(samples))
+    assert not waits.found, waits.told
     assert graphs_of(model).replayed > graphs_of(model).recorded > 0
 
 
@@ -92,8 +95,30 @@ def test_a_step_asks_for_nothing(family, samples, tmp_path):
 def test_the_others_ask_where_it_is_said(family, tmp_path):
     """A shorter list is good news, to be told in docs/families.md."""
     model, processor = prepared(family, tmp_path, "16bit")
-    found = waits_of(model, FastVisionDataCollator(model, processor)(WITH_IMAGES))
+    found = waits_of(model, FastVisionDataCollator(model, processor)(WITH_IMAGES)).found
     assert set() < found <= WAITING[family]
+
+
+def test_what_cuda_says_of_its_report_is_no_wait(monkeypatch):
+    """As PyTorch warns: of the report itself where it is first asked for, then of each wait."""
+    modes, shown = [], []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if mode == "warn":
+            warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all "
+                          "synchronizing operations", stacklevel=1)  # fmt: skip
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    with Waits(torch.device("cuda")) as waits:
+        assert len(shown) == 1
+        assert not waits.found
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert modes == ["warn", "default"]
+    assert waits.found == {"a backward pass"}
+    assert "test_what_cuda_says_of_its_report_is_no_wait" in waits.told[0]
 
 
 @pytest.mark.gpu
@@ -105,13 +130,14 @@ def test_a_step_does_not_wait_for_a_gpu(family, precision, tmp_path):
         for samples, packing in ((WITH_IMAGES, False), (TEXT, False), (WITH_IMAGES, True)):
             if not packing or family in BY_SEGMENTS:
                 batch = FastVisionDataCollator(model, processor, packing=packing)(samples)
-                assert waits_of(model, batch) == set(), (mode, packing, samples is TEXT)
+                waits = waits_of(model, batch)
+                assert not waits.found, (mode, packing, samples is TEXT, *waits.told)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", WAITING)
 def test_the_others_wait_for_a_gpu_where_it_is_said(family, tmp_path):
     model, processor = prepared(family, tmp_path, "16bit")
-    found = waits_of(model, FastVisionDataCollator(model, processor)(WITH_IMAGES))
+    found = waits_of(model, FastVisionDataCollator(model, processor)(WITH_IMAGES)).found
     assert found & WAITING[family]
     print(family, sorted(found))

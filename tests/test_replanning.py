@@ -265,7 +265,7 @@ def test_a_larger_batch_comes_under_a_real_limit(tmp_path, caplog, monkeypatch, 
 
     Layers that see it coming give back `early`; if they do not, memory does run out.
     """
-    monkeypatch.setattr("fvlm_core.graphs.kind._FIRST_GUESS", 1 << 24)  # the limit is far below what it is meant for
+    monkeypatch.setattr("fvlm_core.graphs.room._FIRST_GUESS", 1 << 24)  # the limit is far below what it is meant for
     if not early:
         monkeypatch.setattr(Room, "allows", lambda *_: True)
     folder = tiny_checkpoint("qwen2_vl", tmp_path / "tiny", dtype=torch.bfloat16)

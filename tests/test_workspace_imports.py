@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def imported(package: str) -> Iterator[tuple[str, str]]:
                 yield from ((alias.name.partition(".")[0], place) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 yield node.module.partition(".")[0], place
+
+
+def test_what_tests_replace_exists():
+    """Also in tests that need a GPU, which nothing here would run into."""
+    replaced: dict[str, Path] = {}
+    for path in (p for folder in (ROOT / "tests", *ROOT.glob("packages/*/tests")) for p in folder.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+                target = node.args[0]
+                if isinstance(target, ast.Constant) and str(target.value).startswith("fvlm_"):
+                    replaced[str(target.value)] = path
+    assert replaced
+    for name, path in replaced.items():
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError):
+            pytest.fail(f"{path.relative_to(ROOT)} replaces {name}, which does not exist")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -14,6 +14,7 @@ _READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_co
 _BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _COPIES = {"tolist", "numpy", "cpu"}
 _PACKAGES = ("/transformers/", "/peft/", "/bitsandbytes/", "/fvlm_core/", "/fvlm_kernels/")
+_WAITED = "called a synchronizing CUDA operation"
 _CHECKS = {"check_labels", "_check_rows"}
 """Of values, in fvlm_kernels: where they lie on the CPU alone."""
 
@@ -26,10 +27,11 @@ class Waits:
 
     Attributes:
         found: the innermost functions outside torch; "a backward pass" where none is known.
+        told: the ends of their tracebacks. An operator's wait in a backward pass is told where that pass was asked for.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.found = device, set()
+        self.device, self.found, self.told = device, set(), []
         self._stack = ExitStack()
 
     def __enter__(self) -> Waits:
@@ -37,9 +39,10 @@ class Waits:
             torch.cuda.synchronize()
             self._stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("always")
-            warnings.showwarning = lambda message, *_: self._note() if "synchronizing" in str(message) else None
+            # A process's first call warns as well, of what this mode does not detect.
             torch.cuda.set_sync_debug_mode("warn")
             self._stack.callback(torch.cuda.set_sync_debug_mode, "default")
+            warnings.showwarning = lambda message, *_: self._note() if _WAITED in str(message) else None
         else:
             self._stack.enter_context(_Copies(self._note))
             self._stack.enter_context(_Operators(self._note))
@@ -49,11 +52,13 @@ class Waits:
         self._stack.__exit__(*error)
 
     def _note(self) -> None:
-        frames = [f for f in traceback.extract_stack() if any(part in f.filename for part in _PACKAGES)]
+        stack = traceback.extract_stack()
+        frames = [f for f in stack if any(part in f.filename for part in _PACKAGES)]
         names = [frame.name for frame in frames if not frame.name.startswith("<")]
         name = names[-1] if names else "a backward pass"
         if name not in _CHECKS:
             self.found.add(name)
+            self.told.append("".join(traceback.format_list(stack[-12:-1])))
 
 
 class _Operators(TorchDispatchMode):

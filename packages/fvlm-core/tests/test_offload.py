@@ -1,17 +1,20 @@
 """A layer's input waits in pinned host memory, and comes back as it was."""
 
+import copy
+import pickle
+
 import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fvlm_core import apply_checkpointing
-from fvlm_core.offload import _OnHost, offloaded
+from fvlm_core import apply_checkpointing, offload
+from fvlm_core.offload import Offloader, _OnHost
 
 
 def test_tensors_on_the_cpu_stay_where_they_are():
     tensor = torch.randn(1 << 19, requires_grad=True)
-    with offloaded(tensor):
+    with Offloader().one(tensor):
         out = tensor * tensor
     assert out.grad_fn._saved_self.data_ptr() == tensor.data_ptr()
 
@@ -20,7 +23,7 @@ def test_tensors_on_the_cpu_stay_where_they_are():
 @pytest.mark.parametrize("shape", [(1024, 513), (513, 1024)])
 def test_a_tensor_waits_in_pinned_host_memory(shape):
     tensor = torch.randn(shape, device="cuda", dtype=torch.bfloat16).t().requires_grad_()
-    hooks = offloaded(tensor)
+    hooks = Offloader().one(tensor)
     with hooks:
         out = tensor.sin()
     packed = hooks.pack_hook(tensor)
@@ -37,8 +40,52 @@ def test_a_tensor_waits_in_pinned_host_memory(shape):
 def test_what_is_not_worth_a_copy_stays_on_the_device(kind):
     tensor = torch.randn(2048, 1024, device="cuda")
     saved = {"small": tensor[:16], "integer": tensor.int(), "other": tensor.clone()}[kind]
-    hooks = offloaded(tensor if kind == "other" else saved)
+    hooks = Offloader().one(tensor if kind == "other" else saved)
     assert hooks.pack_hook(saved) is saved
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Let tensors on the CPU be moved too; return a list of what is called for, in order."""
+    order = []
+
+    class Held(_OnHost):
+        def fetch(self):
+            if self.back is None:
+                order.append(self.copy)
+                self.back = self.copy
+
+    monkeypatch.setattr(offload, "_worth", lambda *_: True)
+    monkeypatch.setattr(offload, "_to_host", lambda tensor, before: Held(tensor, tensor.device, None, before))
+    return order
+
+
+def unpacked(held):
+    """What the backward pass does first with a tensor that it wants."""
+    held.fetch()
+    held.back, held.used = None, True
+    offload._fetch_next(held)
+
+
+def test_each_model_calls_for_its_own_tensors_only(fetched):
+    models = Offloader(), Offloader()
+    tensors = [[torch.full((2,), 10.0 * layer + model) for model in (0, 1)] for layer in range(3)]
+    held = [[models[m].every().pack_hook(tensors[layer][m]) for m in (0, 1)] for layer in range(3)]
+    unpacked(held[2][0])
+    assert [int(tensor[0]) for tensor in fetched] == [20, 10]
+    unpacked(held[2][1])
+    unpacked(held[1][1])
+    assert [int(tensor[0]) for tensor in fetched] == [20, 10, 21, 11, 1]
+    unpacked(held[1][0])
+    assert [int(tensor[0]) for tensor in fetched] == [20, 10, 21, 11, 1, 0]
+
+
+def test_what_a_model_holds_is_neither_copied_nor_stored_with_it(fetched):
+    first = Offloader()
+    held = first.every().pack_hook(torch.ones(2))
+    for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert other.every().pack_hook(torch.ones(3)).before is None
+    assert first.every().pack_hook(torch.ones(3)).before() is held
 
 
 def step(model, batch):

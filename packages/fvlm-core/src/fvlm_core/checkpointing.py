@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from fvlm_core.bound import bind
 from fvlm_core.errors import ConfigError
 from fvlm_core.graphs import LayerGraphs, module_of
-from fvlm_core.offload import all_offloaded, offloaded
+from fvlm_core.offload import Offloader
 from fvlm_core.repeat import RandomState, once_more
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Recompute:
     """
 
     def __init__(self, offload: bool, graphs: LayerGraphs | None = None) -> None:
-        self.offload, self.graphs = offload, graphs
+        self.offload, self.graphs, self._offloader = offload, graphs, Offloader()
 
     @property
     def mode(self) -> bool | str:
@@ -75,7 +75,7 @@ class Recompute:
         if not torch.is_grad_enabled():
             return layer(*args)
         if self.graphs is not None:
-            out = self.graphs.run(layer, args, all_offloaded if self.offload else None)
+            out = self.graphs.run(layer, args, self._offloader.every if self.offload else None)
             if out is not None:
                 return out
             if self.graphs.keep and _carries_gradient(layer, args):
@@ -94,7 +94,7 @@ class Recompute:
         if self.offload and args and isinstance(args[0], torch.Tensor):
             # The first positional argument is the hidden state. What else comes along (masks, rotary tables) is shared
             # by all layers, and lives on the device anyway.
-            with offloaded(args[0]):
+            with self._offloader.one(args[0]):
                 return checkpoint(layer, *args, use_reentrant=False)
         return checkpoint(layer, *args, use_reentrant=False)
 

@@ -99,6 +99,30 @@ def persistent_programs(device: torch.device, blocks: int, per_processor: int = 
     return max(1, min(blocks, limit))
 
 
+@lru_cache
+def _shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_multiprocessor
+
+
+def stages_for(device: torch.device, nbytes: int, per_processor: int) -> int:
+    """Return the ``num_stages`` of a loop of persistent programs, ``per_processor`` of which share a multiprocessor.
+
+    Two steps' loads of ``nbytes`` each are on their way while one is computed, or fewer where shared memory is short.
+    """
+    if device.type != "cuda":
+        return 1
+    room = _shared_memory(device.index) // per_processor - 2048  # for sums over warps, and what CUDA keeps itself
+    return max(1, min(3, 1 + room // nbytes))
+
+
+def steps_known_ahead(steps: int, summing: bool) -> int:
+    """Return a loop's steps as a constant of the kernel, 0 where it may take them at run time.
+
+    They are constant where there is one, and in the interpreter, whose ``range`` rejects others under NumPy 2.4.
+    """
+    return steps if INTERPRETED or not summing else 0
+
+
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Return a context in which products keep the dtypes they are given, whatever autocast is on."""
     if torch.is_autocast_enabled(x.device.type):

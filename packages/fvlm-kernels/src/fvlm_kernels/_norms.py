@@ -16,6 +16,7 @@ from ._launch import (
     launch,
     persistent_programs,
     row_blocks,
+    stages_for,
 )
 from ._triton import tl, triton
 
@@ -76,7 +77,9 @@ def check_width(op: str, n: int) -> None:
         raise ValueError(f'{op}: rows of {n} columns; the kernel takes {MAX_WIDTH}, use impl="torch"')
 
 
-def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int]:
+def deal_rows(
+    device: torch.device, m: int, n: int, summing: bool, itemsize: int
+) -> tuple[int, int, int, int, int, int]:
     """Deal out ``m`` rows of ``n`` columns to the programs of a norm's backward pass.
 
     Args:
@@ -85,11 +88,15 @@ def deal_rows(device: torch.device, m: int, n: int, summing: bool) -> tuple[int,
         n: columns.
         summing: whether weight gradients are summed: then few programs take many blocks of rows each, with fewer
             elements to a thread, since they carry the sums along; else each takes one.
+        itemsize: bytes that are read of a column, of all tensors together.
 
     Returns:
-        ``(programs, blocks of each, BLOCK_M, BLOCK_N, num_warps)``.
+        ``(programs, blocks of each, BLOCK_M, BLOCK_N, num_warps, num_stages of the loop over blocks)``.
     """
     block_m, block_n, num_warps = row_blocks(n, per_thread=16 if summing else 32)
-    blocks = cdiv(m, block_m)
-    share = cdiv(blocks, persistent_programs(device, blocks)) if summing else 1
-    return cdiv(blocks, max(share, 1)), share, block_m, block_n, num_warps
+    blocks, per_processor = cdiv(m, block_m), 2
+    if not summing:
+        return blocks, 1, block_m, block_n, num_warps, 1
+    share = cdiv(blocks, persistent_programs(device, blocks, per_processor))
+    stages = stages_for(device, block_m * block_n * itemsize, per_processor)
+    return cdiv(blocks, max(share, 1)), share, block_m, block_n, num_warps, stages

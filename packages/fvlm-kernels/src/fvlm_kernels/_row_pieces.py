@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ._launch import cdiv, next_power_of_two, persistent_programs, row_blocks
+from ._launch import cdiv, next_power_of_two, persistent_programs, row_blocks, stages_for
 from ._triton import tl, triton
 
 
@@ -32,21 +34,38 @@ def row_chunks(n: int) -> tuple[int, int, int, int]:
     return 1, chunk, cdiv(n, chunk), min(16, next_power_of_two(cdiv(n, 1024)))
 
 
-def deal_chunks(device: torch.device, m: int, n: int, summing: bool) -> tuple[int, int, int, int, int, int]:
+class Deal(NamedTuple):
+    """How the rows of a backward pass are dealt out: each program takes ``steps`` blocks of ``block_m`` rows."""
+
+    programs: int
+    steps: int
+    block_m: int
+    chunk: int
+    chunks: int
+    num_warps: int
+    stages: int
+    """one more than the blocks of rows that are on their way to shared memory while one is computed"""
+
+
+def deal_chunks(device: torch.device, m: int, n: int, summing: bool, itemsize: int) -> Deal:
     """Deal out ``m`` rows of ``n`` columns in pieces, as :func:`._norms.deal_rows` does whole ones.
 
     Without sums two rows of up to 2048 columns share a program, each with a warp of its own. A program that carries
     sums along takes one row at a time: up to 1280 columns with one warp, which adds up without shared memory, in pieces
     that leave no column over where that is possible (1152 are nine of 128).
 
-    Returns:
-        ``(programs, blocks of each, BLOCK_M, CHUNK, CHUNKS, num_warps)``.
+    Args:
+        device: where it runs.
+        m: rows.
+        n: columns.
+        summing: whether weight gradients are summed.
+        itemsize: bytes that are read of a column, of all tensors together.
     """
     block_m, chunk, chunks, num_warps = row_chunks(n)
     if not summing:
         if chunks > 1 and n <= 2048:
             block_m, num_warps = 2, 2
-        return cdiv(m, block_m), 1, block_m, chunk, chunks, num_warps
+        return Deal(cdiv(m, block_m), 1, block_m, chunk, chunks, num_warps, stages=1)
     per_processor = 2 if n > 2048 else 4
     if chunks == 1:
         block_m, chunk, num_warps = row_blocks(n, tile=2048)
@@ -57,7 +76,8 @@ def deal_chunks(device: torch.device, m: int, n: int, summing: bool) -> tuple[in
         num_warps = min(16, 2 * num_warps)
     blocks = cdiv(m, block_m)
     share = cdiv(blocks, persistent_programs(device, blocks, per_processor))
-    return cdiv(blocks, max(share, 1)), share, block_m, chunk, chunks, num_warps
+    stages = stages_for(device, block_m * chunk * chunks * itemsize, per_processor)
+    return Deal(cdiv(blocks, max(share, 1)), share, block_m, chunk, chunks, num_warps, stages)
 
 
 @triton.jit
@@ -77,4 +97,14 @@ def load_chunks(
         mask = (offs_m < end)[:, None] & (c * CHUNK + offs_n < N)[None, :]
         at = offs_m[:, None] * stride + c * CHUNK + offs_n[None, :]
         pieces = pieces + (tl.load(ptr + at, mask=mask, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def load_columns(ptr, N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Load N numbers in pieces of CHUNK; zeros behind the last."""
+    pieces = ()
+    for c in tl.static_range(CHUNKS):
+        cols = c * CHUNK + tl.arange(0, CHUNK)
+        pieces = pieces + (tl.load(ptr + cols, mask=cols < N, other=0.0),)
     return pieces

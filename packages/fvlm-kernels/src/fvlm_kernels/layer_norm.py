@@ -32,10 +32,10 @@ from typing import Any, overload
 
 import torch
 
-from ._launch import Impl, cdiv, launch, rows_of, use_triton
+from ._launch import Impl, cdiv, launch, rows_of, steps_known_ahead, use_triton
 from ._library import first_derivative_only, register
 from ._norms import check_norm, check_width, sum_shares
-from ._row_pieces import deal_chunks, load_chunks, row_chunks
+from ._row_pieces import deal_chunks, load_chunks, load_columns, row_chunks
 from ._triton import tl, triton
 
 
@@ -134,7 +134,7 @@ def _layer_norm_bwd_kernel(
     stride_h,
     M,
     eps,
-    blocks_per_program,
+    steps,
     N: tl.constexpr,
     HAS_DH: tl.constexpr,
     NEED_DWEIGHT: tl.constexpr,
@@ -142,30 +142,32 @@ def _layer_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    SUMMING: tl.constexpr = NEED_DWEIGHT or NEED_DBIAS
     offs_n = tl.arange(0, CHUNK)
     dweight = ()  # of each row of a block: rows are added up once
     dbias = ()
     for _ in tl.static_range(CHUNKS):
         dweight = dweight + (tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32),)
         dbias = dbias + (tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32),)
-    block = pid * blocks_per_program
-    end = block + blocks_per_program
-    last = tl.minimum(end * BLOCK_M, M)  # row, of this program's share
-    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    pieces = load_chunks(h_ptr, stride_h, offs_m, last, N, CHUNK, CHUNKS)
-    grads = load_chunks(dy_ptr, stride_dy, offs_m, last, N, CHUNK, CHUNKS)
-    while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
-        if NEED_DWEIGHT or NEED_DBIAS:
-            next_pieces = load_chunks(h_ptr, stride_h, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
-            next_grads = load_chunks(dy_ptr, stride_dy, offs_m + BLOCK_M, last, N, CHUNK, CHUNKS)
+    pid = tl.program_id(0).to(tl.int64)
+    first = pid * steps * BLOCK_M  # row, of this program's share
+    if SUMMING:
+        kept_weights = load_columns(weight_ptr, N, CHUNK, CHUNKS)
+    # A loop that Triton pipelines: copies of the next rows to shared memory are under way while these are computed.
+    # Rows loaded ahead into registers were no help: ptxas moves such loads down to where their values are needed.
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
+        offs_m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        pieces = load_chunks(h_ptr, stride_h, offs_m, M, N, CHUNK, CHUNKS)
+        grads = load_chunks(dy_ptr, stride_dy, offs_m, M, N, CHUNK, CHUNKS)
+        weights = kept_weights if SUMMING else load_columns(weight_ptr, N, CHUNK, CHUNKS)
         mean, rstd = _mean_and_rstd(pieces, eps, N, CHUNK, CHUNKS)
         total = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)
         along = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)
         for c in tl.static_range(CHUNKS):  # a gradient is zero where there is no column
-            cols = c * CHUNK + offs_n
-            g = grads[c].to(tl.float32) * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            g = grads[c].to(tl.float32) * weights[c].to(tl.float32)[None, :]
             total += g
             along += g * (pieces[c].to(tl.float32) - mean)
         # dx = rstd (g - mean(g) - n mean(g n)) with n = rstd (h - mean), as two multiplications with sums an element
@@ -175,10 +177,10 @@ def _layer_norm_bwd_kernel(
         more_dbias = ()
         for c in tl.static_range(CHUNKS):
             cols = c * CHUNK + offs_n
-            mask = (offs_m < last)[:, None] & (cols < N)[None, :]
+            mask = (offs_m < M)[:, None] & (cols < N)[None, :]
             centred = pieces[c].to(tl.float32) - mean
             dy = grads[c].to(tl.float32)
-            g = dy * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            g = dy * weights[c].to(tl.float32)[None, :]
             dx = g * rstd - (centred * slope + less)
             if HAS_DH:
                 at = offs_m[:, None] * stride_dh + cols[None, :]
@@ -188,11 +190,6 @@ def _layer_norm_bwd_kernel(
             more_dbias = more_dbias + (dbias[c] + dy if NEED_DBIAS else dbias[c],)
         dweight = more_dweight
         dbias = more_dbias
-        if NEED_DWEIGHT or NEED_DBIAS:
-            pieces = next_pieces
-            grads = next_grads
-            offs_m += BLOCK_M
-        block += 1
     for c in tl.static_range(CHUNKS):
         cols = c * CHUNK + offs_n
         if NEED_DWEIGHT:
@@ -266,7 +263,8 @@ def _layer_norm_bwd(
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
     (m, n), dx = kept.shape, h.new_empty(h.shape)
     summing = need_dweight or need_dbias
-    programs, share, block_m, chunk, chunks, num_warps = deal_chunks(h.device, m, n, summing)
+    deal = deal_chunks(h.device, m, n, summing, sum(t.element_size() for t in (grad, kept, extra) if t is not None))
+    programs = deal.programs
     partial_weight = h.new_empty((programs if need_dweight else 0, n), dtype=torch.float32)
     partial_bias = h.new_empty((programs if need_dbias else 0, n), dtype=torch.float32)
     launch(
@@ -284,15 +282,17 @@ def _layer_norm_bwd(
         kept.stride(0),
         m,
         eps,
-        share,
+        deal.steps,
         N=n,
         HAS_DH=extra is not None,
         NEED_DWEIGHT=need_dweight,
         NEED_DBIAS=need_dbias,
-        BLOCK_M=block_m,
-        CHUNK=chunk,
-        CHUNKS=chunks,
-        num_warps=num_warps,
+        BLOCK_M=deal.block_m,
+        CHUNK=deal.chunk,
+        CHUNKS=deal.chunks,
+        STEPS=steps_known_ahead(deal.steps, summing),
+        STAGES=deal.stages,
+        num_warps=deal.num_warps,
     )
     dweight = sum_shares(partial_weight, weight.dtype) if need_dweight else weight.new_empty(0)
     dbias = sum_shares(partial_bias, torch.float32) if need_dbias else weight.new_empty(0, dtype=torch.float32)

@@ -33,7 +33,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from ._launch import Impl, cdiv, launch, row_blocks, rows_of, use_triton
+from ._launch import Impl, cdiv, launch, row_blocks, rows_of, steps_known_ahead, use_triton
 from ._library import first_derivative_only, register
 from ._norms import check_norm, check_width, deal_rows, sum_shares
 from ._triton import tl, triton
@@ -107,15 +107,18 @@ def _rms_norm_bwd_kernel(
     M,
     eps,
     offset,
-    blocks_per_program,
+    steps,
     N: tl.constexpr,
     HAS_DH: tl.constexpr,
     NEED_DWEIGHT: tl.constexpr,
     CAST_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
+    first = pid * steps * BLOCK_M  # row, of this program's share
     offs_n = tl.arange(0, BLOCK_N)
     in_row = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=in_row, other=0.0)
@@ -123,22 +126,12 @@ def _rms_norm_bwd_kernel(
     if CAST_FIRST:
         scale = scale.to(weight.dtype).to(tl.float32)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # of each row of a block: rows are added up once
-    block = pid * blocks_per_program
-    end = block + blocks_per_program
-    last = tl.minimum(end * BLOCK_M, M)  # row, of this program's share
-    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = (offs_m < M)[:, None] & in_row[None, :]
-    h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0)
-    grad = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0)
-    while block < end:  # not `for`: the interpreter's `range` rejects a run-time bound under NumPy 2.4
-        if NEED_DWEIGHT:
-            ahead = offs_m + BLOCK_M
-            more = (ahead < last)[:, None] & in_row[None, :]
-            next_h = tl.load(h_ptr + ahead[:, None] * stride_h + offs_n[None, :], mask=more, other=0.0)
-            next_grad = tl.load(dy_ptr + ahead[:, None] * stride_dy + offs_n[None, :], mask=more, other=0.0)
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):  # pipelined, as in `layer_norm`
+        offs_m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (offs_m < M)[:, None] & in_row[None, :]
+        h = tl.load(h_ptr + offs_m[:, None] * stride_h + offs_n[None, :], mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         wide = h.to(tl.float32)
-        dy = grad.to(tl.float32)
         g = dy * scale[None, :]
         rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / N + eps)
         n = wide * rstd[:, None]
@@ -150,10 +143,6 @@ def _rms_norm_bwd_kernel(
             if CAST_FIRST:
                 n = n.to(h.dtype).to(tl.float32)
             dweight += dy * n
-            h = next_h
-            grad = next_grad
-            offs_m = ahead
-        block += 1
     if NEED_DWEIGHT:
         tl.store(partial_ptr + pid * N + offs_n, tl.sum(dweight, axis=0), mask=in_row)
 
@@ -214,7 +203,8 @@ def _rms_norm_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
     (m, n), dx = kept.shape, h.new_empty(h.shape)
-    programs, share, block_m, block_n, num_warps = deal_rows(h.device, m, n, need_dweight)
+    itemsize = sum(t.element_size() for t in (grad, kept, extra) if t is not None)
+    programs, share, block_m, block_n, num_warps, stages = deal_rows(h.device, m, n, need_dweight, itemsize)
     partial = h.new_empty((programs, n), dtype=torch.float32) if need_dweight else None
     launch(
         _rms_norm_bwd_kernel,
@@ -238,6 +228,8 @@ def _rms_norm_bwd(
         CAST_FIRST=cast_first,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        STEPS=steps_known_ahead(share, need_dweight),
+        STAGES=stages,
         num_warps=num_warps,
     )
     return dx, weight.new_empty(0) if partial is None else sum_shares(partial, weight.dtype)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -50,6 +51,27 @@ def test_policy(lengths, causal, impl, dtype, device):
             ours(**tensors)
         return
     check_against_reference(ours, partial(masked, causal=causal), tensors, ["q", "k", "v"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[5], [6, 6, 6]], ids=str)
+def test_segments_of_one_length_as_a_batch(lengths, causal, dtype, device):
+    tensors = inputs_of(lengths, dtype, device)
+    ours = partial(varlen_attention, causal=causal, max_seqlen=lengths[0], impl="batched")
+    check_against_reference(ours, partial(masked, causal=causal), tensors, ["q", "k", "v"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("lengths", "called"), [([64, 64], "_batched"), ([64, 60], "_flash"), ([64], "_batched")])
+def test_what_is_chosen(lengths, called, monkeypatch, device):
+    from fvlm_kernels import varlen_attention as op
+
+    module, seen = sys.modules[op.__module__], []
+    for name in ("_batched", "_flash"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, call=original: (seen.append(name), call(*a))[1])
+    varlen_attention(**inputs_of(lengths, torch.bfloat16, device), max_seqlen=64)
+    assert seen == [called]
 
 
 def test_scale(device):
@@ -124,6 +146,13 @@ def test_flash_compiles_as_one_graph():
         ({"q": torch.ones(5, 4, 8, dtype=torch.float16)}, TypeError, "k has torch.float32"),
         ({"impl": "triton"}, ValueError, "impl is 'triton'"),
         ({"impl": "flash"}, ValueError, "it needs fp16 or bf16"),
+        ({"impl": "batched"}, ValueError, "it needs segments of one length"),
+        ({"impl": "batched", "max_seqlen": 3}, ValueError, "2 segments, max_seqlen 3 and 5 tokens"),
+        (
+            {"impl": "batched", "max_seqlen": 1, "cu_seqlens": torch.tensor([0, 2, 2, 3, 4, 5])},
+            ValueError,
+            "not every segment of cu_seqlens",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(change, error, words):

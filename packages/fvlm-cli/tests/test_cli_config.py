@@ -66,17 +66,33 @@ def test_a_saved_config_that_refers_to_the_token_is_read_again(tmp_path: Path, m
     assert config.references("train") == {"project": "${model.token}"}
 
 
-def test_what_a_checkpoint_depends_on_is_saved_unless_it_leads_to_a_secret(
+def test_what_a_checkpoint_depends_on_is_saved_as_what_it_stands_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_BASE", "owner/model")
-    monkeypatch.setenv("MY_KEY", "hf_secret")
     text = "model: {name: '${oc.env:MY_BASE}', revision: '${train.run_name}'}\ndata: {train: train.jsonl}\n"
-    text += "train: {run_name: 'a-${oc.env:MY_KEY}'}\n"
-    saved = read_config(write(tmp_path, text), ["lora.init_lora_weights=${model.token}", "model.token=abc"]).to_save()
-    assert saved["model"]["name"] == "owner/model"
-    assert saved["model"]["revision"] == "${train.run_name}"
-    assert saved["lora"]["init_lora_weights"] == "${model.token}"
+    saved = read_config(write(tmp_path, text + "train: {run_name: main}\n")).to_save()
+    assert (saved["model"]["name"], saved["model"]["revision"]) == ("owner/model", "main")
+
+
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [
+        ("model.name", "owner/${oc.env:MY_KEY}"),
+        ("model.revision", "${train.run_name}"),
+        ("lora.init_lora_weights", "${model.token}"),
+        ("lora.target_modules", "[q_proj, '${oc.env:MY_KEY}']"),
+    ],
+)
+def test_what_the_adapter_s_own_config_tells_may_be_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, written: str
+) -> None:
+    monkeypatch.setenv("MY_KEY", "hf_secret")
+    text = BASE + "train: {run_name: 'a-${oc.env:MY_KEY}'}\n"
+    message = refusal(tmp_path, text, "model.token=hf_secret", f"{key}={written}")
+    assert "hf_secret" not in message
+    for part in (key, "${", "model.token"):
+        assert part in message
 
 
 def test_arguments_are_copied_whole_and_stored_as_they_were_written(
@@ -138,6 +154,7 @@ def test_an_error_shows_what_was_written_not_the_secret_behind_it(
         (BASE, ("data.resize=[3]",), ("data.resize is [3]", "[width, height]")),
         (BASE, ("data.resize=[0,3]",), ("data.resize is [0, 3]", "[width, height]")),
         (BASE, ("data.response_part=x",), ("data.train_on_responses_only",)),
+        (BASE, ("model.memory_budget=20",), ("model.memory_budget", "model.gradient_checkpointing: auto")),
     ],
 )
 def test_refusals_name_place_value_and_remedy(

@@ -169,6 +169,10 @@ def test_more_of_anything_needs_more_and_frozen_towers_keep_nothing(tmp_path: Pa
     auto = found("model.gradient_checkpointing=auto")
     assert auto.memory.kept > parts.kept  # outputs are kept too, and lengths are rounded up
     assert auto.least(2).kept == 0
+    h200, most = find_gpu("h200"), auto.memory.peak - auto.memory.kept / 2
+    bounded = found("model.gradient_checkpointing=auto", f"model.memory_budget={most / GIB}").memory_on(h200)
+    assert bounded.kept == pytest.approx(auto.memory.kept / 2, rel=1e-3)
+    assert auto.memory_on(h200).kept == auto.memory.kept
     wide = found("lora.r=64").memory.optimizer
     assert found("train.optim=adamw_8bit", "lora.r=64").memory.optimizer < wide / 3
     assert found("train.optim=sgd").memory.optimizer == parts.optimizer / 2

@@ -29,7 +29,7 @@ def config(folder: Path, r: int = 4, overwrite: bool = False) -> TrainConfig:
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(ConfigError, match="not empty"):
-        RunFolder(tmp_path).prepare(config(tmp_path), resume=False)
+        RunFolder(tmp_path).check(config(tmp_path), resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -48,11 +48,11 @@ def test_overwriting_removes_what_a_run_left_and_nothing_else(tmp_path: Path) ->
 def test_a_run_is_resumed_with_the_same_adapters_only(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(ConfigError, match="no run to resume"):
-        folder.prepare(config(tmp_path), resume=True)
+        folder.check(config(tmp_path), resume=True)
     folder.prepare(config(tmp_path), resume=False)
-    folder.prepare(config(tmp_path), resume=True)
+    folder.check(config(tmp_path), resume=True)
     with pytest.raises(ConfigError, match=r"lora\.r=4 and the config says 8"):
-        folder.prepare(config(tmp_path, r=8), resume=True)
+        folder.check(config(tmp_path, r=8), resume=True)
 
 
 def test_what_a_resumed_run_reads_may_be_damaged(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_what_a_resumed_run_reads_may_be_damaged(tmp_path: Path) -> None:
     for junk in (b"\xff\xfe", b"{"):
         folder.config.write_bytes(junk)
         with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
-            folder.prepare(config(tmp_path), resume=True)
+            folder.check(config(tmp_path), resume=True)
     answers = tmp_path / "before.jsonl"
     for junk in (b"\xff\xfe", b"{", b"[]", b"{}", b"[" * 200_000):
         answers.write_bytes(junk)
@@ -71,7 +71,36 @@ def test_what_a_resumed_run_reads_may_be_damaged(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(ConfigError, match="is a file"):
-        RunFolder(tmp_path / "run").prepare(config(tmp_path / "run", overwrite=True), resume=False)
+        RunFolder(tmp_path / "run").check(config(tmp_path / "run", overwrite=True), resume=False)
+
+
+def test_a_run_that_breaks_off_leaves_nothing_or_says_so(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(config(folder.root), resume=False)
+    folder.write_record({"status": "running"})
+    folder.checkpoints.mkdir()
+    folder.break_off({"status": "running"})
+    assert not folder.root.exists()
+    folder.prepare(config(folder.root), resume=False)
+    checkpoint(folder.checkpoints, 3)
+    folder.break_off({"status": "running", "rows": 8})
+    assert json.loads(folder.record.read_text(encoding="utf-8")) == {"status": "failed", "rows": 8}
+    assert last_complete(folder.checkpoints)[0] is not None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    other = RunFolder(tmp_path / "other")
+    other.prepare(config(other.root), resume=False)
+    other.break_off({})
+    assert [path.name for path in other.root.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(PermissionError) as caught:
+        RunFolder(tmp_path / "new" / "run").check(config(tmp_path), resume=False)
+    assert caught.value.filename == str(tmp_path)
 
 
 def break_off(target: Path) -> None:

@@ -128,7 +128,7 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_gives_the_same_losses(
             break
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, "".join([*said, stderr])
-    assert "fvlm train config.yaml --resume" in stdout
+    assert "fvlm train config.yaml save.output_dir=stopped --resume" in stdout
     record = json.loads((workplace / "stopped/run.json").read_text())
     assert record["status"] == "interrupted"
     assert 2 <= record["steps"] < STEPS
@@ -156,6 +156,29 @@ def test_a_finished_run_is_not_overwritten_unasked(fvlm, trained: dict[str, Any]
     assert done.returncode == 2
     assert "save.overwrite=true" in done.stderr
     assert (workplace / "run/run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "part"),
+    [
+        (("lora.target_modules=[no_such_layer]",), 2, "no_such_layer"),
+        # Without a GPU nothing is chosen by a budget, which is how it is seen to reach the model.
+        (("model.gradient_checkpointing=auto", "model.memory_budget=20.5"), 2, "memory_budget=20.5 has nothing to"),
+        (("data.packing=true", "data.overflow=error", "model.max_seq_length=8"), 3, "max_seq_length"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_no_folder_and_an_earlier_run_alone(
+    fvlm, trained: dict[str, Any], workplace: Path, settings: tuple[str, ...], code: int, part: str
+) -> None:
+    done = fvlm("train", "config.yaml", "save.output_dir=refused", *settings, cwd=workplace)
+    assert done.returncode == code, done.stderr
+    assert part in done.stderr.splitlines()[-1]
+    assert not (workplace / "refused").exists()
+    if code == 2:
+        before = (workplace / "run/run.json").read_bytes()
+        fvlm("train", "config.yaml", "save.output_dir=run", "save.overwrite=true", *settings, cwd=workplace)
+        assert (workplace / "run/run.json").read_bytes() == before
+        assert (workplace / "run/adapter").is_dir()
 
 
 def test_a_row_that_breaks_in_training_is_named_by_its_file(fvlm, workplace: Path) -> None:

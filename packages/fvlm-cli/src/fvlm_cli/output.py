@@ -42,8 +42,8 @@ class Output:
 
     @property
     def interactive(self) -> bool:
-        """Whether progress is drawn (a terminal) or written line by line."""
-        return self.stderr.is_terminal and not self.quiet
+        """Whether progress is drawn (a terminal that can move its cursor) or written line by line."""
+        return self.stderr.is_terminal and not self.stderr.is_dumb_terminal and not self.quiet
 
     def note(self, text: str) -> None:
         """Say what is going on."""

@@ -57,7 +57,7 @@ def chat(
     for path in image or []:
         session.show(path)
     out.note("; ".join(_COMMANDS.values()))
-    for line in _lines():
+    for line in _lines(out):
         if not session.take(line):
             break
 
@@ -147,14 +147,28 @@ class Session:
         print(f"fvlm: {sentence}", file=sys.stderr)
 
 
-def _lines() -> Iterator[str]:
-    """Yield what is typed, line by line, or what comes through a pipe; Ctrl-C at the prompt ends it."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
+def _lines(out: Output) -> Iterator[str]:
+    """Yield what is typed, line by line, or what comes through a pipe; Ctrl-C at the prompt ends it.
+
+    Raises:
+        DataError: what came is not in the encoding that it is read in.
+    """
+    if sys.stdin is None:  # the shell closed it
         return
+    try:
+        yield from _typed("" if out.json else "> ") if sys.stdin.isatty() else sys.stdin
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"a question is not in the encoding of stdin, {sys.stdin.encoding} ({error.reason}); set "
+            "PYTHONIOENCODING=utf-8, or write it in that encoding."
+        ) from None
+
+
+def _typed(prompt: str) -> Iterator[str]:
     while True:
         try:
-            yield input("> ")
+            line = input(prompt)
         except (EOFError, KeyboardInterrupt):
-            print()
+            print(file=sys.stderr)
             return
+        yield line

@@ -59,14 +59,12 @@ def _transformers_quiet() -> Iterator[None]:
 
 
 def _show(console: Console, data: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("read exactly, before training", f"{data['accuracy_before']:.1%}")
-    table.add_row("read exactly, after training", f"{data['accuracy_after']:.1%}")
-    table.add_row("merged model reads the same", f"{data['merged_agreement']:.1%}")
-    table.add_row(
-        "training / total", f"{data['train_seconds']:.0f} s / {data['total_seconds']:.0f} s on {data['device']}"
-    )
-    table.add_row("report", str(Path(data["output_dir"]) / "report.html"))
-    console.print(table)
+    seconds = f"{data['train_seconds']:.0f} s / {data['total_seconds']:.0f} s on {data['device']}"
+    for name, value in {
+        "read exactly, before training": f"{data['accuracy_before']:.1%}",
+        "read exactly, after training": f"{data['accuracy_after']:.1%}",
+        "merged model reads the same": f"{data['merged_agreement']:.1%}",
+        "training / total": seconds,
+        "report": str(Path(data["output_dir"]) / "report.html"),
+    }.items():
+        console.print(f"{name:<30} {value}", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,14 +62,15 @@ def train(
         raise typer.Exit(launch(nproc, words, out))
     out.keep_stdout()
     record = run(checked, out, resume=resume)
-    out.result(record, lambda console: _show(console, record, config))
+    out.result(record, lambda console: _show(console, record, [config, *(settings or [])]))
     if record["status"] == "interrupted":
         raise typer.Exit(Exit.INTERRUPTED)
 
 
-def _show(console: Console, record: dict[str, Any], config: str) -> None:
+def _show(console: Console, record: dict[str, Any], words: list[str]) -> None:
     if record["status"] == "interrupted":
-        console.print(f"stopped at step {record['steps']}; go on with: fvlm train {config} --resume", markup=False)
+        again = shlex.join(["fvlm", "train", *words, "--resume"])
+        console.print(f"stopped at step {record['steps']}; go on with: {again}", markup=False)
         return
     for name in ("train_loss", "eval_loss"):
         if record[name] is not None:

@@ -15,6 +15,8 @@ def contradictions(config: TrainConfig) -> str | None:
         return "model.precision is full, which trains every weight, and lora is given; leave one of them out."
     if config.model.precision == "full" and config.save.merge is not None:
         return "model.precision is full, so that there is no adapter for save.merge to merge; leave save.merge out."
+    if config.model.memory_budget is not None and config.model.gradient_checkpointing != "auto":
+        return "model.memory_budget is for model.gradient_checkpointing: auto, which chooses by it; give both or none."
     if config.save.private is not None and config.save.push is None:
         return "save.private is given without save.push, which names the repository that it is for."
     if data.eval is not None and data.eval_fraction is not None:

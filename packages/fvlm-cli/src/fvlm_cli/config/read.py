@@ -14,7 +14,7 @@ from fvlm_cli.config.contradictions import contradictions
 from fvlm_cli.config.explain import explain
 from fvlm_cli.config.overrides import dot_list
 from fvlm_cli.config.schema import TrainConfig
-from fvlm_cli.config.secrets import secrets_of
+from fvlm_cli.config.secrets import exposed_secret, secrets_of
 from fvlm_core.errors import ConfigError
 
 
@@ -46,8 +46,8 @@ def read_config(path: str | Path, words: Sequence[str] = ()) -> TrainConfig:
         overridden = {item.partition("=")[0] for item in items}
         raise ConfigError(explain(error, str(path), overridden, written)) from None
     config.remember(secrets_of(written))
-    if (contradiction := contradictions(config)) is not None:
-        raise ConfigError(f"{path}: {contradiction}")
+    if (wrong := exposed_secret(written) or contradictions(config)) is not None:
+        raise ConfigError(f"{path}: {wrong}")
     return config
 
 
@@ -71,10 +71,19 @@ def _load(path: Path) -> DictConfig:
 
 def _make_way(file: DictConfig, given: DictConfig, keys: set[str]) -> None:
     """Take out of the file what the command line replaces by another kind of value, which OmegaConf cannot merge."""
+    plain = [
+        OmegaConf.to_container(config, resolve=False) for config in (file, given)
+    ]  # what they refer to may be elsewhere
     for key in keys:
-        old, new = (OmegaConf.select(config, key, default=None) for config in (file, given))
-        if OmegaConf.is_config(old) and OmegaConf.is_config(new) and OmegaConf.is_dict(old) != OmegaConf.is_dict(new):
+        old, new = (_at(config, key) for config in plain)
+        if isinstance(old, dict | list) and isinstance(new, dict | list) and type(old) is not type(new):
             OmegaConf.update(file, key, None, merge=False)
+
+
+def _at(node: object, key: str) -> object:
+    for step in key.split("."):
+        node = node.get(step) if isinstance(node, dict) else None
+    return node
 
 
 def _parse(items: list[str]) -> DictConfig:

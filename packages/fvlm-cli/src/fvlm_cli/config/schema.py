@@ -35,6 +35,12 @@ class ModelSection(Section):
         default="offload",
         description="false (fastest), true (recompute), offload (least memory; unsloth is its alias) or auto.",
     )
+    memory_budget: float | None = Field(
+        default=None,
+        gt=0,
+        description="With gradient_checkpointing auto: GiB of device memory that may be allocated in all. Default: "
+        "what is free, less a tenth of the device and 1 GiB.",
+    )
     device_map: str = Field(default="sequential", min_length=1, description="sequential, auto, balanced, or a device.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     token: str | None = Field(

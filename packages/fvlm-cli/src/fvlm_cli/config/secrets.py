@@ -1,8 +1,8 @@
 """Values of a config that stand for others, `${oc.env:NAME}` or `${model.token}`: saved as they were written.
 
 Any of them may hold a secret, whatever its variable or key is called. What a checkpoint depends on is the exception: it
-is saved as what it stands for, so that a resumed run can be compared with it, unless its variable's name says that it
-is a secret. PEFT writes the same into the adapter's own config.
+is saved as what it stands for, so that a resumed run can be compared with it, and PEFT writes it into the adapter's own
+config. So it may not stand for what its variable's name calls a secret.
 """
 
 from __future__ import annotations
@@ -29,7 +29,20 @@ def secrets_of(written: Any) -> dict[Place, str]:
         written: the config, interpolations unresolved.
     """
     texts = dict(_texts(written, ()))
-    return {place: text for place, text in texts.items() if "${" in text and _hidden(place, text, texts)}
+    return {place: text for place, text in texts.items() if "${" in text and not _is_fixed(place)}
+
+
+def exposed_secret(written: Any) -> str | None:
+    """Return what is wrong in one sentence where something that a checkpoint depends on stands for a secret."""
+    texts = dict(_texts(written, ()))
+    for place, text in texts.items():
+        if _is_fixed(place) and _leads_to_secret(text, texts, frozenset()):
+            key = ".".join(map(str, place))
+            return (
+                f"{key} refers to a secret ({text}), and is written into the run's config and the adapter's; write it "
+                "out, or name its variable otherwise if it is none. A token belongs in model.token."
+            )
+    return None
 
 
 def token_reference(secrets: dict[Place, str]) -> str | None:
@@ -43,9 +56,8 @@ def token_reference(secrets: dict[Place, str]) -> str | None:
     return f"${{oc.env:{variable[1] if variable else 'HF_TOKEN'},null}}"
 
 
-def _hidden(place: Place, text: str, texts: Mapping[Place, str]) -> bool:
-    fixed = any(place[: len(key)] == key for key in FIXED)
-    return not fixed or _leads_to_secret(text, texts, frozenset())
+def _is_fixed(place: Place) -> bool:
+    return any(place[: len(key)] == key for key in FIXED)
 
 
 def _leads_to_secret(text: str, texts: Mapping[Place, str], passed: frozenset[Place]) -> bool:

@@ -83,11 +83,14 @@ class Estimate:
     def memory_on(self, gpu: Gpu) -> Memory:
         """Return the memory on a card, which decides how much `"auto"` keeps.
 
-        It keeps no more than leaves a tenth of the card and one GiB free (`fvlm_core.graphs.room`).
+        It keeps no more than leaves a tenth of the card and one GiB free, or than the config's budget allows
+        (`fvlm_core.graphs.room`).
         """
         if self.mode != "auto":
             return self.memory
-        over = self.memory.peak - ((1 - SPARE_SHARE) * gpu.memory * GIB - SPARE - RESERVE)
+        whole, budget = gpu.memory * GIB - RESERVE, self.config.model.memory_budget
+        room = whole - SPARE_SHARE * gpu.memory * GIB - SPARE if budget is None else min(budget * GIB, whole)
+        over = self.memory.peak - room
         return replace(self.memory, kept=max(0.0, self.memory.kept - max(0.0, over)))
 
     def fits(self, gpu: Gpu) -> bool:

@@ -1,4 +1,4 @@
-"""A preview on the terminal, or as text: trained text stands between ⟦ and ⟧ where there is no colour."""
+"""A preview on the terminal, or as text: trained text stands between ⟦ and ⟧ wherever there is no colour."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _MARKS: dict[Kind, tuple[str, str]] = {
 }
 _LISTED = 20  # rows of one kind that are named
 _BAR = 40
+_BESIDE = 24  # columns that stand beside a bar
 
 
 def show(console: Console, preview: Preview) -> None:
@@ -45,16 +46,21 @@ def _show_row(console: Console, shown: Shown) -> None:
     from rich.text import Text
 
     counts = ", ".join(f"{shown.count(kind)} {kind}" for kind in _STYLES if shown.count(kind))
-    console.rule(Text(f"{shown.place}: {counts}"), align="left", style="dim")
+    heading = f"{shown.place}: {counts}"
+    if len(heading) + len(" ─") > console.width:  # a rule would cut it off
+        console.print(heading, markup=False)
+    else:
+        console.rule(Text(heading), align="left", style="dim")
     for image in shown.images:
         tiles = f" in {image.tiles} tiles" if image.tiles > 1 else ""
         original = f"{image.original[0]}×{image.original[1]}"
         console.print(f"image {original} → {image.width}×{image.height}{tiles}, {image.tokens} tokens", markup=False)
     line = Text()
+    coloured = console.color_system is not None and not console.no_color
     for kind, group in groupby(shown.pieces, key=lambda piece: piece.kind):
         run = list(group)
         text = _media_text(run) if kind == "media" else "".join(piece.text for piece in run)
-        opening, closing = ("", "") if console.is_terminal else _MARKS[kind]
+        opening, closing = ("", "") if coloured else _MARKS[kind]
         line.append(f"{opening}{text}{closing}", style=_STYLES[kind])
     console.print(line)
     if shown.reason:
@@ -77,12 +83,13 @@ def _show_lengths(console: Console, preview: Preview) -> None:
     lengths = preview.lengths
     bins = histogram(lengths)
     most = max(item.rows for item in bins)
+    widest = max(1, min(_BAR, console.width - _BESIDE))
     console.print(
         f"tokens a row: {min(lengths)} to {max(lengths)}, half of the rows up to {quantile(lengths, 0.5)}, 95 % up to "
         f"{quantile(lengths, 0.95)}; model.max_seq_length is {preview.limit}"
     )
     for item in bins:
-        bar = "█" * -(-item.rows * _BAR // most)
+        bar = "█" * -(-item.rows * widest // most)
         mark = "  over the limit" if item.low > preview.limit else ""
         console.print(f"{item.low:>7}–{item.high:<7} {bar} {item.rows}{mark}")
 

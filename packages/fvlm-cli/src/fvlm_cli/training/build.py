@@ -38,9 +38,8 @@ def load(config: TrainConfig) -> tuple[PreTrainedModel | PeftModel, ProcessorMix
         ConfigError, CheckpointError: the model cannot be loaded or adapted as the config says.
     """
     section = config.model
-    options: dict[str, Any] = {}
-    if section.attn_implementation is not None:
-        options["attn_implementation"] = section.attn_implementation
+    optional = {"attn_implementation": section.attn_implementation, "memory_budget": section.memory_budget}
+    options: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
     model, processor = FastVisionModel.from_pretrained(
         section.name,
         max_seq_length=section.max_seq_length,

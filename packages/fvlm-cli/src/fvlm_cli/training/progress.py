@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fvlm_cli.bars import progress_bar
+from fvlm_cli.bars import clock_time, progress_bar
 from fvlm_cli.output import Output
 
 _SHOWN = ("loss", "learning_rate", "eval_loss")
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows steps, loss, learning rate and the time left."""
+    """Shows steps, loss, learning rate, how long a step takes, and the time left."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
@@ -30,7 +30,8 @@ class TrainingProgress(TrainerCallback):
         """Start the bar."""
         self._start, self._first_step = time.monotonic(), state.global_step
         self._bar.start()
-        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+        done = state.global_step
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=done, begun=done, note="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Advance the bar."""
@@ -50,7 +51,7 @@ class TrainingProgress(TrainerCallback):
             return
         self._bar.update(self._task, note=shown)
         if not self._out.interactive:
-            self._out.note(f"step {state.global_step}/{state.max_steps} {shown}, {self._left(state)} left")
+            self._out.note(f"step {state.global_step}/{state.max_steps} {shown}{self._pace(state)}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Stop the bar."""
@@ -60,10 +61,9 @@ class TrainingProgress(TrainerCallback):
         """Stop the bar, also where training broke off."""
         self._bar.stop()
 
-    def _left(self, state: TrainerState) -> str:
+    def _pace(self, state: TrainerState) -> str:
         done = state.global_step - self._first_step
         if done < 1:
-            return "?"
-        seconds = (time.monotonic() - self._start) / done * (state.max_steps - state.global_step)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            return ""
+        seconds = (time.monotonic() - self._start) / done
+        return f", {seconds:.2f} s a step, {clock_time(seconds * (state.max_steps - state.global_step))} left"

@@ -43,7 +43,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     train, evaluate = _read(config, out)
     folder = RunFolder(Path(config.save.output_dir).expanduser(), writes=is_first_process())
     checkpoint = _checkpoint(folder, out) if resume else None
-    folder.prepare(config, resume)
+    folder.check(config, resume)
     record: dict[str, Any] = {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -54,15 +54,43 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         "versions": versions(),
         "git": git_state(),
     }
-    folder.write_record(record)
     out.note(f"loading {config.model.name}")
-    from fvlm_cli.training.answers import Answers
-    from fvlm_cli.training.build import build_trainer, load  # torch and all: only once the data are known to be good
+    from fvlm_cli.training.build import load  # torch and all: only once the data are known to be good
 
     quiet_libraries(out.debug)
     check_reporting(config.train.report_to)
     model, processor = load(config)
     _describe(model, out)
+    folder.prepare(config, resume)
+    folder.write_record(record)
+    try:
+        _carry_out(config, model, processor, (train, evaluate), folder, checkpoint, record, out)
+    except BaseException:
+        folder.break_off(record)
+        raise
+    record["seconds"] = round(time.monotonic() - start, 3)
+    folder.write_record(record)
+    if config.save.push is not None and record["status"] == "finished" and folder.writes:
+        record["pushed_to"] = _push(config, folder, out)
+        folder.write_record(record)
+    return record
+
+
+def _carry_out(
+    config: TrainConfig,
+    model: Any,
+    processor: Any,
+    rows: tuple[list[Row] | None, list[Row]],
+    folder: RunFolder,
+    checkpoint: Path | None,
+    record: dict[str, Any],
+    out: Output,
+) -> None:
+    """Train and save, noting in the record what comes of it."""
+    from fvlm_cli.training.answers import Answers
+    from fvlm_cli.training.build import build_trainer
+
+    train, evaluate = rows
     trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
     answers = Answers(config, model, processor, evaluate, folder, out)
     record |= answers.take("before")
@@ -73,19 +101,13 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
     if interrupted:
         last, _ = last_complete(folder.checkpoints)
         record |= {"status": "interrupted", "checkpoint": None if last is None else str(last)}
-    else:
-        if folder.writes:
-            record |= _save(config, folder, model, processor, out)
-        record |= answers.take("after")
-        if folder.writes:
-            record |= _tell(config, folder, model, processor, record, out)
-        record["status"] = "finished"
-    record["seconds"] = round(time.monotonic() - start, 3)
-    folder.write_record(record)
-    if config.save.push is not None and not interrupted and folder.writes:
-        record["pushed_to"] = _push(config, folder, out)
-        folder.write_record(record)
-    return record
+        return
+    if folder.writes:
+        record |= _save(config, folder, model, processor, out)
+    record |= answers.take("after")
+    if folder.writes:
+        record |= _tell(config, folder, model, processor, record, out)
+    record["status"] = "finished"
 
 
 def _read(config: TrainConfig, out: Output) -> tuple[list[Row] | None, list[Row]]:

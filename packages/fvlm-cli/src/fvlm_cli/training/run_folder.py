@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ class RunFolder:
         self.record = root / "run.json"
         self.history = root / "history.json"
 
-    def prepare(self, config: TrainConfig, resume: bool) -> None:
-        """Make the folder ready for a run and write its config.
+    def check(self, config: TrainConfig, resume: bool) -> None:
+        """Look at the folder before anything takes time; nothing is changed.
 
         Raises:
             ConfigError: it holds something and neither `save.overwrite` nor `resume` says what to do with it; or a run
                 is resumed with another model or other adapters.
+            PermissionError: it cannot be written.
         """
         if not self.writes:
             return
@@ -60,11 +62,32 @@ class RunFolder:
                 f"save.output_dir={str(self.root)!r} is not empty; name another folder, go on with --resume, or "
                 "replace the earlier run with save.overwrite=true."
             )
-        elif used:
+        place = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+    def prepare(self, config: TrainConfig, resume: bool) -> None:
+        """Make the folder ready for a run that was checked, and write its config; an earlier run that is not gone on
+        from is removed."""
+        if not self.writes:
+            return
+        if not resume:
             self._clear()
         self.root.mkdir(parents=True, exist_ok=True)
         plain = config.to_save()
         self.config.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def break_off(self, record: Mapping[str, Any]) -> None:
+        """End a run that something stopped: say so in its record, or leave nothing where it has no results yet."""
+        if not self.writes:
+            return
+        results = (self.adapter, self.model, self.merged, *self.checkpoints.glob("checkpoint-*"))
+        with suppress(OSError):  # what stopped the run may be a full disk, and is what the user is to be told
+            if any(path.exists() for path in results):
+                self.write_record({**record, "status": "failed"})
+                return
+            self._clear()
+            self.root.rmdir()
 
     def _clear(self) -> None:
         """Remove what an earlier run left, and nothing else."""

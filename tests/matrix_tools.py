@@ -44,7 +44,9 @@ def stock(folder, precision, model):
     options = {} if config is None else {"quantization_config": config}
     base = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options)
     mine = model.peft_config["default"]
-    settings = {name: getattr(mine, name) for name in ("r", "lora_alpha", "use_dora", "use_rslora", "modules_to_save")}
+    settings = {
+        name: getattr(mine, name) for name in ("r", "lora_alpha", "bias", "use_dora", "use_rslora", "modules_to_save")
+    }
     return get_peft_model(base, LoraConfig(target_modules=list(model.fvlm_targets.modules), **settings))
 
 

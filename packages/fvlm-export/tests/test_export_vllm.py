@@ -189,6 +189,7 @@ def test_vllm_finds_every_tensor_of_a_merged_folder(
     live = save_pretrained_merged(model, tmp_path / "live", progress=False, max_shard_size="1MB")
     stored = save_pretrained_merged(tmp_path / "adapter", tmp_path / "stored", base=base, progress=False)
     for folder in (live, stored):
+        assert names_of(folder) == names_of(base)
         assert loader.unknown(names_of(folder)) == []
         assert loader.unfilled(names_of(folder)) == []
         config = json.loads((folder / "config.json").read_text())

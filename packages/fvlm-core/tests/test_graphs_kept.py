@@ -7,6 +7,7 @@ from fused_tools import adapted_model, assert_same_step, kept, make_batch, recor
 from fvlm_core import ConfigError, Precision, load_model
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
+from fvlm_core.graphs.room import Room
 
 
 @pytest.mark.parametrize(("budget", "layers"), [(2.5 / 1024, 2), (1 / 2**30, 0), (None, 4)])
@@ -30,6 +31,22 @@ def test_a_budget_that_nothing_can_use_is_refused(tiny):
 def test_a_budget_must_be_an_amount():
     with pytest.raises(ConfigError, match=r"memory_budget=0 is no amount of memory: pass GiB above 0"):
         LayerGraphs(memory_budget=0)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "budget", "left"), [(0.5, None, 24), (1.0, None, 39), (0.5, 25, 5), (0.5, 90, 30)]
+)
+def test_room_on_a_gpu(monkeypatch, fraction, budget, left):
+    """Of 100 GiB others have 30 and 40 are free; this process reserved 30, of which it uses 20."""
+    asked, gib = [], 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (40 * gib, 100 * gib))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * gib)
+    device = torch.device("cuda", 0)
+    assert Room(budget).left(device) == left * gib
+    assert asked == [device]  # it takes the driver's time, in every call of a layer that is not recorded
+    assert Room(budget).free(device) == (30 if fraction == 0.5 else 50) * gib
 
 
 @pytest.mark.gpu

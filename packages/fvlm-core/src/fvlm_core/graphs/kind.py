@@ -23,7 +23,7 @@ class Kind:
     Attributes:
         layers: the recorded ones.
         unfit: whether layers of this kind turned out to be none that can be recorded.
-        kept_bytes: how much each of them holds that keeps what it computes; 0 before one does.
+        kept_bytes: how much one of them holds that keeps what it computes, by the last of those; 0 before one does.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -33,7 +33,7 @@ class Kind:
         self.kept_bytes = 0
 
     def record(self, recorded: RecordedLayer, module: nn.Module, keep: bool, room: Room) -> None:
-        """Record a layer and count what it keeps.
+        """Record a layer, in the place of what was recorded of it before, and count what it keeps.
 
         Args:
             recorded: the layer.
@@ -46,17 +46,19 @@ class Kind:
             RuntimeError: the layer does something that cannot be recorded.
         """
         device = self.stage.x.device
+        self._let_go(module, room)
         before = room.allocated(device)
         keep = keep and recorded.has_gradients
         fits = keep and room.has_for(self.kept_bytes, device)
         if not (fits and self._keeps(recorded, module, room)):
             recorded.record(False)
         if recorded.kept:
-            self.kept_bytes = room.taken_since(before, device)
+            recorded.kept_bytes = self.kept_bytes = room.taken_since(before, device)
             room.kept_bytes += self.kept_bytes
         elif keep and not fits:
             self._tell(module, room)
             room.warn(device)
+        self.layers[module] = recorded
 
     def _keeps(self, recorded: RecordedLayer, module: nn.Module, room: Room) -> bool:
         """Record a layer that keeps what it computes; False where that does not fit after all."""
@@ -80,6 +82,17 @@ class Kind:
                 type(module).__name__,
                 room.describe(self.stage.x.device),
             )
+
+    def _let_go(self, module: nn.Module, room: Room) -> None:
+        """Count what was recorded of a layer as gone: it is, but for a backward pass that is still due."""
+        old = self.layers.pop(module, None)
+        if old is not None:
+            room.kept_bytes -= old.kept_bytes
+
+    def drop(self, room: Room) -> None:
+        """Count all recordings as gone."""
+        for module in list(self.layers):
+            self._let_go(module, room)
 
     def release(self) -> None:
         """Free all recordings; backward passes that are still due compute again what is gone."""

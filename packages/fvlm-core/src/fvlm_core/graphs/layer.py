@@ -57,6 +57,8 @@ class RecordedLayer:
         self._held: tuple[Tensor, Tensor] | None = None
         self.passes = 0
         """How often the forward pass was replayed; a kept layer holds what belongs to the last one."""
+        self.kept_bytes = 0
+        """How much it holds for that."""
         self._recorder, self._keep_from = recorder, keep_from if self.has_gradients else None
         self._attention: list[AttentionResiduals | None] = []
         """Where in the stage the results of attention lie that are kept between the passes."""

@@ -47,9 +47,10 @@ class Room:
         """Return how many bytes may still be held."""
         if device.type != "cuda":
             return float("inf") if self.budget is None else self.budget * 2**30 - self.allocated(device)
+        free, share = _measured(device)
         if self.budget is not None:
-            return min(self.budget * 2**30 - self.allocated(device), self.free(device))
-        return self.free(device) - _SPARE_SHARE * _share(device) - _SPARE_BYTES
+            return min(self.budget * 2**30 - self.allocated(device), free)
+        return free - _SPARE_SHARE * share - _SPARE_BYTES
 
     def allocated(self, device: torch.device) -> int:
         """Return how many bytes are allocated; without a GPU, what layers keep."""
@@ -57,11 +58,7 @@ class Room:
 
     def free(self, device: torch.device) -> float:
         """Return how many bytes can be allocated, whatever the budget is; there is no end to them without a GPU."""
-        if device.type != "cuda":
-            return float("inf")
-        reserved = torch.cuda.memory_reserved(device)
-        free = min(torch.cuda.mem_get_info(device)[0], _share(device) - reserved)
-        return free + reserved - torch.cuda.memory_allocated(device)
+        return _measured(device)[0] if device.type == "cuda" else float("inf")
 
     def allows(self, size: float, device: torch.device) -> bool:
         """Tell whether there is memory for a layer to run that would keep ``size`` bytes."""
@@ -115,6 +112,9 @@ class Room:
         self.kept_bytes = 0
 
 
-def _share(device: torch.device) -> float:
-    """Return the bytes of a device that this process may take."""
-    return torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1]
+def _measured(device: torch.device) -> tuple[float, float]:
+    """Return how many bytes of a GPU this process can allocate, and how many it may take in all."""
+    unused, total = torch.cuda.mem_get_info(device)  # a call of the driver, which layers that are not recorded wait for
+    share = torch.cuda.get_per_process_memory_fraction(device) * total
+    reserved = torch.cuda.memory_reserved(device)
+    return min(unused, share - reserved) + reserved - torch.cuda.memory_allocated(device), share

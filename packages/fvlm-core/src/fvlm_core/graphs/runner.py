@@ -44,13 +44,11 @@ class LayerGraphs:
 
     Args:
         rehearse: use recordings that run the layers' own code again, on any device; for tests.
-        memory_budget: GiB of device memory, for `keep`; see `Room`.
+        memory_budget: GiB of device memory, for what layers `keep`; see `Room`.
         keep_attention_from: see `fvlm_core.passes.KEEP_FROM`; it acts where what layers keep goes to the host.
 
     Attributes:
-        keep: whether layers keep what their forward passes compute, as far as there is room for it; the others compute
-            it again.
-        unrecorded: does the same for layers that cannot be recorded.
+        unrecorded: decides what layers keep that cannot be recorded.
     """
 
     def __init__(
@@ -58,7 +56,6 @@ class LayerGraphs:
     ) -> None:
         self._rehearse, self._keep_from, self.memory_budget = rehearse, keep_attention_from, memory_budget
         self._room, self.unrecorded = Room(memory_budget), Unrecorded(memory_budget, rehearse)
-        self.keep = False
         self._recorders: dict[torch.device, Recorder] = {}
         self._stages: OrderedDict[Key, Kind] = OrderedDict()
         self._sightings = Sightings()
@@ -66,12 +63,23 @@ class LayerGraphs:
         self._copies, self._arena, self._fits = Copies(), Arena(), Fits()
         self._too_large: dict[type[nn.Module], int] = {}
         """The smallest hidden state, in numbers, for which there was no memory to record a kind of layers."""
-        self._off = False
+        self._off = self._keep = False
         self.replayed = self.recorded = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or stored model records anew: a recording works on the memory of the one that it was made of."""
-        return LayerGraphs, (self._rehearse, self.memory_budget, self._keep_from), {"keep": self.keep}
+        return LayerGraphs, (self._rehearse, self.memory_budget, self._keep_from), {"_keep": self.keep}
+
+    @property
+    def keep(self) -> bool:
+        """Whether layers keep what they compute, as far as there is room; where it changes, all are recorded anew."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, wanted: bool) -> None:
+        if wanted != self._keep:
+            self._drop_recordings()
+            self._keep, self._room.kept_bytes = wanted, 0
 
     def run(self, layer: Callable[..., Any], args: tuple[Any, ...], saving: Saving | None = None) -> Tensor | None:
         """Run a layer as a recording; None where it must be run as it is.
@@ -232,7 +240,6 @@ class LayerGraphs:
             if not self.holds:  # else it is tried again without what is held
                 self._leave_unrecorded(key)
             raise
-        kind.layers[module] = recorded
         return recorded, tuple(fit.kwargs.values())
 
     def _leave_unrecorded(self, key: Key) -> None:
@@ -281,7 +288,7 @@ class LayerGraphs:
         while len(self._stages) >= MOST_STAGES:
             old, dropped = self._stages.popitem(last=False)
             self._sightings.forget(old)  # it must come twice again
-            self._room.kept_bytes -= dropped.kept_bytes * sum(layer.kept for layer in dropped.layers.values())
+            dropped.drop(self._room)
         kind = self._stages[key] = Kind(stage)
         logger.info("Recording %s for hidden states of shape %s.", key[0].__name__, tuple(key[1]))
         return kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -123,8 +124,12 @@ class Stage:
         return value
 
     def load_arguments(self, values: tuple[Any, ...]) -> None:
-        """Copy keyword arguments, given in the order of the first ones, unless they are those that lie here already."""
-        if len(values) == len(self._loaded) and all(a is b for a, b in zip(values, self._loaded, strict=True)):
+        """Copy keyword arguments, given in the order of the first ones, unless they are those that lie here already.
+
+        Plain values are the same in all calls that a recording serves.
+        """
+        tensors = tuple(value for value in values if isinstance(value, Tensor | tuple | list))
+        if self._loaded and all(a is b for a, b in zip(tensors, self._loaded, strict=True)):
             return
         self._loaded = ()  # should a copy fail
         for (name, room), value in zip(self.kwargs.items(), values, strict=True):
@@ -135,7 +140,7 @@ class Stage:
                     _fill(part, source)
             elif isinstance(room, Tensor):
                 _fill(room, value)
-        self._loaded = values
+        self._loaded = tensors
 
     def load(self, room: Tensor, value: Tensor) -> None:
         """Copy a hidden state or its gradient to its place."""
@@ -175,7 +180,8 @@ class Stage:
         """Return one flat piece of memory for the gradients of parameters, and its parts in their shapes."""
         key = tuple((tuple(p.shape), p.dtype) for p in parameters)
         if key not in self._gradients:
-            flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=self.x.device)
+            dtype = reduce(torch.promote_types, (p.dtype for p in parameters))  # autograd gives each its own again
+            flat = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=self.x.device)
             sizes = [p.numel() for p in parameters]
             views = [part.view(p.shape) for part, p in zip(flat.split(sizes), parameters, strict=True)]
             self._gradients[key] = flat, views

@@ -13,19 +13,21 @@ from fvlm_core.hooks import hooks_act, hooks_inside
 
 def linear_layers(module: nn.Module) -> list[nn.Module]:
     """Return the linear layers of a block, PEFT's wrappers in the place of what they wrap."""
+    return [child for _, _, child in _inside(module) if _is_linear(child)]
+
+
+def _is_linear(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found: list[nn.Module] = []
+    return isinstance(module, BaseTunerLayer | nn.Linear)
 
-    def visit(parent: nn.Module) -> None:
-        for child in parent.children():
-            if isinstance(child, BaseTunerLayer | nn.Linear):
-                found.append(child)
-            else:
-                visit(child)
 
-    visit(module)
-    return found
+def _inside(parent: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield each module in a block with its parent and its name there; what is inside of linear layers is left out."""
+    for name, child in parent.named_children():
+        yield parent, name, child
+        if not _is_linear(child):
+            yield from _inside(child)
 
 
 class LayerState:
@@ -36,11 +38,17 @@ class LayerState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._linears = linear_layers(module)
+        inside = list(_inside(module))
+        self._children = [(parent._modules, name, child) for parent, name, child in inside]
+        self._linears = [child for _, _, child in inside if _is_linear(child)]
         self.adapted = [adapted(linear) for linear in self._linears]
-        inside = {id(p) for linear in self._linears for p in linear.parameters()}
-        others = [p for p in module.parameters() if id(p) not in inside]
-        self._others = [(p, p.requires_grad, p.data_ptr()) for p in others]
+        owners = (module, *(child for _, _, child in inside if not _is_linear(child)))
+        self._others = [
+            (owner._parameters, name, p, p.requires_grad, p.data_ptr())
+            for owner in owners
+            for name, p in owner.named_parameters(recurse=False)
+        ]
+        others = {id(p): p for _, _, p, _, _ in self._others}.values()
         biases = [one.layer.bias for one in self.adapted if one is not None and one.layer.bias is not None]
         adapters = [p for one in self.adapted if one is not None for p in (one.layer.a, one.layer.b) if p is not None]
         self.trained = [p for p in (*adapters, *biases, *others) if p.requires_grad]
@@ -57,15 +65,18 @@ class LayerState:
                 return f"a linear layer {why_unfused(linear)}"
         if hooks_act(self._hooks):
             return "hooks act on it"
-        dropped = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
-        return "it has dropout" if dropped else None
+        return "it has dropout" if any(m.training and _drops(m) for m in module.modules()) else None
 
     def holds(self) -> bool:
         """Whether nothing has changed, and no hook acts that a replay would leave out."""
         return (
             not hooks_act(self._hooks)
             and all(one is not None and one.holds() for one in self.adapted)
-            and all(p.requires_grad is flag and p.data_ptr() == place for p, flag, place in self._others)
+            and all(owned.get(name) is child for owned, name, child in self._children)
+            and all(
+                owned.get(name) is p and p.requires_grad is flag and p.data_ptr() == place
+                for owned, name, p, flag, place in self._others
+            )
         )
 
     def pairs(self) -> Iterator[tuple[nn.Module, Adapted]]:
@@ -76,6 +87,14 @@ class LayerState:
             bias = one.layer.bias
             if one.layer.a is not None or (bias is not None and bias.requires_grad):
                 yield linear, one
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops values in training: by being such a module, or by a probability that it keeps."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    kept = (value for name, value in vars(module).items() if name.endswith("dropout"))
+    return any(isinstance(value, float) and value > 0 for value in kept)
 
 
 class Copies:

@@ -1,9 +1,12 @@
 """Flat parameters: the same values as the parameters one by one, in every optimizer that works element by element."""
 
+from collections import Counter
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvlm_core.flat import BLOCK, LEAST, FlatParameters, clip_gradients, flatten
 
@@ -100,6 +103,40 @@ def test_clipping_equals_torchs():
         size = theirs[0].numel()
         torch.testing.assert_close(flat.parameter.grad[:size], theirs[0].grad.flatten())
         torch.testing.assert_close(ours[4].grad, theirs[4].grad)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that run: on a GPU each is a launch or a few."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_launches_as_much_for_many_parameters_as_for_few():
+    counts = []
+    for number in (4, 64):
+        ours = parameters([(64, 64)] * number)
+        flat = FlatParameters(ours)
+        optimizer = torch.optim.AdamW([flat.parameter], lr=1e-2, fused=True)
+        for step in range(2):
+            give_gradients(ours, step)
+            with Counted() as seen:
+                flat.gather()
+                clip_gradients([flat.parameter], 0.5)
+                optimizer.step()
+                flat.release()
+        launching = {
+            n: c for n, c in seen.names.items() if not any(view in n for view in ("view", "detach", "split", "slice"))
+        }
+        counts.append(launching)
+    assert counts[0] == counts[1]
+    assert 3 <= sum(counts[0].values()) < 20
+    assert "aten._fused_adamw_.default" in counts[0]
 
 
 def test_clipping_nothing():

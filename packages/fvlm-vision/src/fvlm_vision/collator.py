@@ -20,8 +20,9 @@ from fvlm_vision.lengths import TokenCounter
 from fvlm_vision.media import MAX_IMAGE_PIXELS, ImageReader
 from fvlm_vision.media_tokens import media_text_pattern
 from fvlm_vision.overflow import OverflowCounts
-from fvlm_vision.packing import packed, with_segments
+from fvlm_vision.packing import only_trailing_padding, packed, with_segments
 from fvlm_vision.reading import Item, SampleReader, placed
+from fvlm_vision.refusals import refuse_few_image_tokens
 from fvlm_vision.render import Rendered, Renderer, ResponseMarks
 from fvlm_vision.resize import resize_policy
 from fvlm_vision.samples import FormattingFunc
@@ -128,6 +129,8 @@ class FastVisionDataCollator:
         )
         self.plan_loss = has_fused_loss(model) if plan_loss is None else plan_loss
         self._plan_media = any(has_fused(model, kind) for kind in PLACING)
+        takes_any = self.plan_loss and self._plan_media
+        self._least_image_tokens = 1 if takes_any else facts.least_image_tokens
         self._image_ids = torch.tensor(sorted(media.image))
         self._is_causal = has_fused(model, CAUSAL_LAYER)
         self._packing = packing_of(task_model(model)) if packing else None
@@ -216,6 +219,7 @@ class FastVisionDataCollator:
         if None in kept:
             items = [item for item, length in zip(items, kept, strict=True) if length is not None]
             return self._batch(items) if items else self._empty_batch()
+        refuse_few_image_tokens(items, torch.isin(ids, self._image_ids), self._least_image_tokens)
         batch = {**encoded.batch, "labels": labels}
         lengths = [length for length in kept if length is not None]
         if lengths != mask.sum(dim=1).tolist():
@@ -243,7 +247,7 @@ class FastVisionDataCollator:
                 batch[MEDIA_ROWS] = torch.isin(batch["input_ids"], self._image_ids).flatten().nonzero()[:, 0]
                 if "image_sizes" in batch:
                     batch[MEDIA_SIZES] = batch["image_sizes"].tolist()
-            if self._is_causal and _only_trailing_padding(batch):
+            if self._is_causal and only_trailing_padding(batch):
                 del batch["attention_mask"]
         return batch
 
@@ -280,8 +284,7 @@ class FastVisionDataCollator:
         if not self.keeps_empty_batches:
             raise DataError(
                 f"every sample of a batch is over max_seq_length={self.max_seq_length} and left out; raise "
-                "max_seq_length, or "
-                "shrink the images with resize or max_pixels."
+                "max_seq_length, or shrink the images with resize or max_pixels."
             )
         token = self.processor.tokenizer.pad_token_id
         ids = torch.full((1, 2), token, dtype=torch.int64)
@@ -289,12 +292,3 @@ class FastVisionDataCollator:
         types = {"token_type_ids", "mm_token_type_ids"} & set(self.processor.model_input_names)
         batch |= {name: torch.zeros_like(ids) for name in types}
         return self._finish({**batch, "labels": torch.full_like(ids, self.ignore_index)}, tuple(batch))
-
-
-def _only_trailing_padding(batch: dict[str, Any]) -> bool:
-    """Tell whether a mask hides nothing from any token but what comes after it, which a causal model never sees.
-
-    Without it attention needs no mask in memory, and nobody has to ask the device whether it masks anything.
-    """
-    mask = batch.get("attention_mask")
-    return mask is not None and mask.dim() == 2 and bool((mask.diff(dim=1) <= 0).all())

@@ -14,6 +14,7 @@ from fvlm_vision.expansion import adds_special_tokens, can_expand, encode_expand
 from fvlm_vision.paligemma import taking_text_alone
 from fvlm_vision.pixels import FRAMES, SCALE, byte_processor, keeps_bytes, with_scale
 from fvlm_vision.reading import Item, placed
+from fvlm_vision.refusals import has_one_place_for_pixels, refuse_both_kinds
 from fvlm_vision.spans import Span, insertion, move, tokens_in
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Encoder:
         self.videos_kwargs = videos_kwargs
         self.as_bytes = False
         self._can_expand = can_expand(processor)
+        self._has_one_place = has_one_place_for_pixels(processor)
         self._media_names = {
             name
             for part in ("image_processor", "video_processor")
@@ -91,6 +93,8 @@ class Encoder:
             DataError: the processor refuses a sample; it names the row.
             ConfigError: spans are needed and the processor or tokenizer does not tell where its tokens come from.
         """
+        if self._has_one_place:
+            refuse_both_kinds(items)
         try:
             return self._encoded(items)
         except DataError as error:

@@ -27,7 +27,8 @@ class TokenCounter:
     """Counts the tokens of samples.
 
     An image's tokens follow from its size, which its header tells. Most processors work them out from a size, all but
-    a constant (the marks around an image); the others are shown a blank image of each size once.
+    a constant (the marks around an image); the others are shown a blank image of each size once, and those that cut an
+    image into crops only where it is alone (LLaVA-OneVision) two blank ones, where a sample has several.
 
     Args:
         processor: the family's processor.
@@ -39,7 +40,9 @@ class TokenCounter:
         self.processor = processor
         self.reader = reader
         self.limit = limit
-        self._of_size: dict[tuple[int, int], int] = {}
+        self._of_size: dict[tuple[int, int, bool], int] = {}
+        # By this a model is told which images were alone in their sample, and so cut.
+        self._cuts_if_alone = "batch_num_images" in processor.image_processor.model_input_names
         self._of_video: dict[tuple[Any, ...], int] = {}
         self._marks: int | None = None
 
@@ -70,7 +73,8 @@ class TokenCounter:
                     lengths[number] = row[column]
                     continue
                 conversation, texts[number] = self.reader.text(row)
-                lengths[number] = sum(map(self._image_tokens, conversation.images))
+                beside_others = self._cuts_if_alone and len(conversation.images) > 1
+                lengths[number] = sum(self._image_tokens(image, beside_others) for image in conversation.images)
                 lengths[number] += sum(map(self._video_tokens, conversation.videos))
             except DataError as error:
                 raise placed(error, number, "") from error
@@ -79,12 +83,14 @@ class TokenCounter:
                 lengths[number] += count
         return [lengths[number] for number in numbers]
 
-    def _image_tokens(self, source: Any) -> int:
+    def _image_tokens(self, source: Any, beside_others: bool) -> int:
         """Return how many tokens an image has beyond its one placeholder."""
         size = self.reader.resize.size_for(*self.reader.images.size(source))
-        if size not in self._of_size:
-            self._of_size[size] = self._tokens_of_size(*size)
-        return self._of_size[size]
+        key = (*size, beside_others)
+        if key not in self._of_size:
+            tokens = self._blank_image_tokens(*size, count=2) // 2 if beside_others else self._tokens_of_size(*size)
+            self._of_size[key] = tokens
+        return self._of_size[key]
 
     def _text_tokens(self, texts: list[str]) -> list[int]:
         special = adds_special_tokens(self.processor, texts)
@@ -102,8 +108,9 @@ class TokenCounter:
         counts: list[int] = self.processor._get_num_multimodal_tokens([(height, width)])["num_image_tokens"]
         return counts[0]
 
-    def _blank_image_tokens(self, width: int, height: int) -> int:
-        return self._blank_tokens(self.processor.image_token, images=[[Image.new("RGB", (width, height))]])
+    def _blank_image_tokens(self, width: int, height: int, count: int = 1) -> int:
+        images = [[Image.new("RGB", (width, height))] * count]
+        return self._blank_tokens(self.processor.image_token * count, images=images)
 
     def _video_tokens(self, source: Any) -> int:
         """Return how many tokens a video has beyond its placeholder: as many as a blank one of its size and times."""
@@ -116,8 +123,8 @@ class TokenCounter:
             self._of_video[key] = self._blank_tokens(self.processor.video_token, videos=[blank], videos_kwargs=settings)
         return self._of_video[key]
 
-    def _blank_tokens(self, token: str, **media: Any) -> int:
-        mark = (self.processor.tokenizer.bos_token or "") + token
+    def _blank_tokens(self, tokens: str, **media: Any) -> int:
+        mark = (self.processor.tokenizer.bos_token or "") + tokens
         plain = {"add_special_tokens": False}
         whole = self.processor(text=[mark], text_kwargs=plain, **media)["input_ids"][0]
         return len(whole) - len(self.processor.tokenizer([laid_out(self.processor, mark)], **plain)["input_ids"][0])

@@ -89,3 +89,12 @@ def packed(
             result[name] = result[name].flatten(0, 1)[None]
     del result["attention_mask"]
     return result | {"position_ids": positions, "use_cache": False}
+
+
+def only_trailing_padding(batch: Mapping[str, Any]) -> bool:
+    """Return whether a mask hides nothing from any token but what comes after it, which a causal model never sees.
+
+    Without it attention needs no mask in memory, and nobody has to ask the device whether it masks anything.
+    """
+    mask = batch.get("attention_mask")
+    return mask is not None and mask.dim() == 2 and bool((mask.diff(dim=1) <= 0).all())

@@ -22,8 +22,7 @@ def test_counts_are_the_collators(family, shared_model_of, processor_of, ask, pi
     samples = [ask(answer="total 5 " * n, seed=n, images=1) for n in range(1, 4)]
     samples[2]["messages"][0]["content"][0]["image"] = picture(150, 40)
     samples.append(ask(images=0, question="word " * 9))
-    if family != "llava_onevision":  # cuts an image into crops only where it is alone: several are counted too long
-        samples.append(ask(images=2))
+    samples += [ask(images=2), ask(images=3)]  # LLaVA-OneVision cuts an image into crops only where it is alone
     made = [int(collator([sample])["attention_mask"].sum()) for sample in samples]
     counted = collator.token_counter().lengths(samples)
     assert counted == made

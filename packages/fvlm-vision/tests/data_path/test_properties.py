@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fvlm_core.arch import facts_for, media_token_ids
 from fvlm_core.errors import DataError, FvlmError
+from fvlm_core.testing import FAMILIES
 from fvlm_vision.collator import FastVisionDataCollator
 from fvlm_vision.rows import NumberedSample
 
@@ -63,6 +65,10 @@ def parts(shared_model_of, processor_of):
 def about(image: object) -> dict:
     turns = [{"role": "user", "content": "<image>Read."}, {"role": "assistant", "content": "x"}]
     return {"messages": turns, "images": [image]}
+
+
+def about_nothing() -> dict:
+    return {"messages": [{"role": "user", "content": "Say x."}, {"role": "assistant", "content": "x"}]}
 
 
 @pytest.mark.parametrize("name", ODD_BUT_GOOD)
@@ -132,6 +138,21 @@ SAMPLES = st.one_of(
 )
 
 
+FAMILIAR = st.builds(
+    lambda sizes, question, answer: {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"} for _ in sizes] + [{"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ],
+        "images": [Image.new("RGB", size, "red") for size in sizes],
+    },
+    st.lists(st.tuples(st.integers(1, 130), st.integers(1, 130)), max_size=3),
+    st.sampled_from(["Read.", "word " * 20]),
+    st.sampled_from(["x", "seven pages " * 9]),
+)
+"""In the words that every family's template reads: what is refused here is refused for its images or its length."""
+
+
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     samples=st.lists(SAMPLES, min_size=1, max_size=3),
@@ -178,3 +199,89 @@ def test_a_valid_batch_or_a_typed_error(parts, samples, responses_only, overflow
         assert torch.isfinite(pixels).all()
     starts, ends = (int((ids == tokens.convert_tokens_to_ids(f"<|vision_{end}|>")).sum()) for end in ("start", "end"))
     assert starts == ends == len(grids["image"]) + len(grids["video"])  # no span cut
+
+
+def features_of(model, batch):
+    """How many tokens the model makes of a batch's images and videos, seen in a forward pass with a finite loss."""
+    counted, inside = [], []
+
+    def counting(method):
+        def call(*arguments, **options):
+            inside.append(method)  # Qwen3-VL's videos are made by its method for images
+            found = method(*arguments, **options)
+            inside.pop()
+            if not inside:
+                features = found.pooler_output
+                features = features if isinstance(features, tuple | list) else [features]
+                counted.append(sum(one.shape[:-1].numel() for one in features))
+            return found
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for name in ("get_image_features", "get_video_features"):
+            if hasattr(model.model, name):
+                patch.setattr(model.model, name, counting(getattr(model.model, name)))
+        assert torch.isfinite(model(**batch).loss)
+    return sum(counted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    samples=st.lists(SAMPLES | FAMILIAR, min_size=1, max_size=3),
+    responses_only=st.booleans(),
+    overflow=st.sampled_from(["truncate", "skip", "error"]),
+    limit=st.sampled_from([None, 8, 14, 40]),
+    packing=st.booleans(),
+)
+def test_a_batch_that_the_model_takes_or_a_typed_error(
+    family, shared_model_of, processor_of, samples, responses_only, overflow, limit, packing
+):
+    model, processor = shared_model_of(family), processor_of(family)
+    options = {"max_seq_length": limit, "overflow": overflow, "train_on_responses_only": responses_only}
+    try:
+        collator = FastVisionDataCollator(model, processor, packing=packing, **options)
+        batch = collator(samples)
+    except FvlmError:
+        return
+    ids, labels = batch["input_ids"], batch["labels"]
+    learned = labels != -100
+    assert ids.shape == labels.shape
+    assert learned.any()
+    assert torch.equal(labels[learned], ids[learned])
+    assert not torch.isin(labels, torch.tensor(sorted(collator.media_ids))).any()
+    assert packing or limit is None or ids.shape[1] <= limit
+    media = media_token_ids(facts_for(model), model.config, processor)
+    places = int(torch.isin(ids, torch.tensor(sorted(media.image | media.video))).sum())
+    if family == "mllama":  # a token for each image, whose features are attended to and take no places
+        assert places == int((batch["aspect_ratio_ids"] > 0).sum() if "aspect_ratio_ids" in batch else 0)
+        assert torch.isfinite(model(**batch).loss)
+    else:
+        breaks = (
+            len(batch.get("pixel_values_videos", [])) if family == "llava_onevision" else 0
+        )  # one behind each video
+        assert places == features_of(model, batch) + breaks
+
+
+def test_images_and_videos_in_one_batch_are_refused_where_the_processor_keeps_one_of_them(
+    shared_model_of, processor_of
+):
+    if "smolvlm" not in FAMILIES:
+        pytest.fail("its processor needs num2words, which the tests' environment has")
+    collator = FastVisionDataCollator(shared_model_of("smolvlm"), processor_of("smolvlm"))
+    turns = [{"role": "user", "content": "<video>Read."}, {"role": "assistant", "content": "x"}]
+    filmed = {"messages": turns, "videos": [np.zeros((1, 30, 40, 3), np.uint8)]}
+    assert {"pixel_values"} <= set(collator([filmed])) & set(collator([about(RED)]))
+    with pytest.raises(DataError, match=r"^row 3: a video is in one batch with images, .* frames as images"):
+        collator([about(RED), NumberedSample(filmed, 3)])
+
+
+def test_a_batch_of_one_image_token_is_refused_where_the_model_does_not_take_it(shared_model_of, processor_of):
+    model, processor = shared_model_of("mistral3"), processor_of("mistral3")
+    collator, small = FastVisionDataCollator(model, processor), Image.new("RGB", (8, 8))
+    with pytest.raises(DataError, match=r"^row 3: the images of a batch come to 1 token of the 2 .* min_pixels"):
+        collator([about_nothing(), NumberedSample(about(small), 3)])
+    batch = collator([about(small), about(small)])
+    assert features_of(model, batch) == 2
+    assert "pixel_values" not in collator([about_nothing()])

@@ -63,6 +63,7 @@ class ArchFacts:
             a device has no bfloat16.
         packs_images: the vision attention gets the patches of all images in one row and their cumulative lengths, so
             that `fvlm_core.attention` can serve it without a loop over images.
+        least_image_tokens: the fewest tokens that the images of a batch may come to, for the class's own forward.
         planner: makes what precomputes a batch's positions and boundaries for a model of this family
             (`fvlm_core.batch_plan`), or None for a family that derives nothing from its images' sizes.
         fused: class names of modules → the kind of fused layer that takes their place (`fvlm_core.fused.table`).
@@ -87,6 +88,7 @@ class ArchFacts:
     media: MediaTokens = field(default_factory=MediaTokens)
     beyond_float16: bool = False
     packs_images: bool = False
+    least_image_tokens: int = 1
     planner: Callable[[PreTrainedModel], QwenPlanner] | None = None
     fused: Mapping[str, str] = field(default_factory=dict)
     fused_text: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

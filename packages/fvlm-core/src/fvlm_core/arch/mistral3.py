@@ -24,6 +24,7 @@ FACTS = ArchFacts(
         image=("image_token_index",),
         processor=("image_break_token_id", "image_end_token_id"),
     ),
+    least_image_tokens=2,  # its class takes the dimension of one token's features for one that is too many
     fused={
         "Mistral3ForConditionalGeneration": "task_model",
         "Mistral3Model": "sized_media_model",

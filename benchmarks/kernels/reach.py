@@ -41,12 +41,17 @@ class Verdict:
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
-    """Return the last row of every case, pass and provider, by provider."""
+    """Return the last row of every case, pass and provider, by provider; no peer's of another card than ours."""
     found: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         if "p50_us" in row:
             found.setdefault((row["op"], row["case"], row["pass"]), {})[row["provider"]] = row
-    return found
+    return {key: _of_one_card(by_provider) for key, by_provider in found.items()}
+
+
+def _of_one_card(by_provider: dict[str, Row]) -> dict[str, Row]:
+    card = by_provider["fvlm"].get("card") if "fvlm" in by_provider else None
+    return {name: row for name, row in by_provider.items() if card is None or row.get("card") == card}
 
 
 def microseconds(row: Row, clock: str) -> float:

@@ -38,8 +38,10 @@ KERNELS = {
 
 
 CAPABILITY = "90"  # 80 passes as well, and takes as long again
-# Of the loss with softcap, statistics and gradient the ptxas of Triton 3.9 spills one register, outside the loop.
-SPILLED = {"_loss_rows_kernel": 4} if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else {}
+# A trained layer norm with a residual fills a thread's 255 registers with its rows and sums, and lacks one.
+SPILLED = {"_layer_norm_bwd_kernel": 4}
+if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9):  # the loss with softcap, statistics and gradient
+    SPILLED["_loss_rows_kernel"] = 4  # one register, outside the loop
 
 
 def test_compiles_without_spills(tmp_path):

@@ -125,7 +125,7 @@ def test_operators_pass_opcheck(device):
         torch.library.opcheck(torch.ops.fvlm.layer_norm_fwd.default, (x, weight, shift, 1e-6, torch.float16))
     torch.library.opcheck(torch.ops.fvlm.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-6, torch.float32))
     for dh, need_dweight, need_dbias in [(None, False, False), (residual, True, True), (None, False, True)]:
-        arguments = (x, dh, x, weight, 1e-6, need_dweight, need_dbias)
+        arguments = (x, dh, x, weight, 1e-6, need_dweight, need_dbias, torch.float16)
         torch.library.opcheck(torch.ops.fvlm.layer_norm_bwd.default, arguments)
 
 
@@ -156,13 +156,18 @@ def test_autocast_gives_what_pytorch_gives(device):
 def test_addresses_beyond_two_to_the_31():
     rows, width = 2**19 + 3, 4096
     x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
-    weight, bias = (torch.randn(width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    weight, bias = (torch.randn(width, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(2))
     y = ours(x, weight, bias)
     last = x[-5:].detach().clone().requires_grad_()
     few = ours(last, weight, bias)
     assert torch.equal(y[-5:], few)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    grad, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
+    total = torch.zeros(width, device="cuda")
+    for part in x.detach().split(2**16):
+        total += torch.nn.functional.layer_norm(part.float(), (width,)).sum(0)
     assert torch.equal(grad[-5:], torch.autograd.grad(few, last, torch.ones_like(few))[0])
+    torch.testing.assert_close(dweight.float(), total, rtol=1e-2, atol=2.0)  # of a deviation of some 700
+    assert (dbias.float() - rows).abs().max() <= rows / 256
 
 
 @pytest.mark.parametrize(

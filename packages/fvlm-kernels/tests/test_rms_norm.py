@@ -173,13 +173,17 @@ def test_autocast_gives_what_the_reference_gives(device):
 def test_addresses_beyond_two_to_the_31():
     rows, width = 2**19 + 3, 4096
     x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
-    weight = torch.randn(width, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(width, dtype=torch.bfloat16, device="cuda").requires_grad_()
     y = ours(x, weight)
     last = x[-5:].detach().clone().requires_grad_()
     few = ours(last, weight)
     assert torch.equal(y[-5:], few)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    grad, dweight = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    total = torch.zeros(width, device="cuda")
+    for part in x.detach().split(2**16):
+        total += torch.nn.functional.rms_norm(part.float(), (width,), eps=1e-6).sum(0)
     assert torch.equal(grad[-5:], torch.autograd.grad(few, last, torch.ones_like(few))[0])
+    torch.testing.assert_close(dweight.float(), total, rtol=1e-2, atol=2.0)  # of a deviation of some 700
 
 
 @pytest.mark.parametrize(

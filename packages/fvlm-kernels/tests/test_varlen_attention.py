@@ -61,6 +61,35 @@ def test_segments_of_one_length_as_a_batch(lengths, causal, dtype, device):
     check_against_reference(ours, partial(masked, causal=causal), tensors, ["q", "k", "v"])
 
 
+def test_slices_of_a_fused_projection(device):
+    """What a tower gives: queries, keys and values out of one tensor, whose gradient is one tensor again."""
+    lengths, qkv = [4, 4], randn(8, 3, 2, 32, dtype=torch.float32, device=device)
+    cu = inputs_of(lengths, torch.float32, device)["cu_seqlens"]
+    for impl in ("batched", "torch"):
+        given, apart = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
+        out = varlen_attention(*given.unbind(1), cu, 4, impl=impl)
+        expected = masked(*(t.contiguous() for t in apart.unbind(1)), cu)
+        torch.testing.assert_close(out, expected)
+        out.pow(2).sum().backward()
+        expected.pow(2).sum().backward()
+        torch.testing.assert_close(given.grad, apart.grad)
+
+
+def test_a_batch_compiles_and_exports(device):
+    tensors = inputs_of([4, 4], torch.float32, device)
+
+    class Module(torch.nn.Module):
+        def forward(self, **tensors):
+            return varlen_attention(**tensors, max_seqlen=4, causal=True, impl="batched")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    eager, fused = (run_with_gradients(f, tensors, ["q", "k", "v"]) for f in (Module(), compiled))
+    torch.testing.assert_close(eager, fused)
+    program = torch.export.export(Module(), (), tensors)
+    torch.testing.assert_close(program.module()(**tensors), eager[0][0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("lengths", "called"), [([64, 64], "_batched"), ([64, 60], "_flash"), ([64], "_batched")])
 def test_what_is_chosen(lengths, called, monkeypatch, device):

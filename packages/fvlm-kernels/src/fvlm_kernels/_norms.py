@@ -14,6 +14,7 @@ from ._launch import (
     check_same_dtype,
     check_shape,
     launch,
+    next_power_of_two,
     persistent_programs,
     row_blocks,
     stages_for,
@@ -25,7 +26,7 @@ MAX_WIDTH = 16384
 
 
 @triton.jit
-def _sum_shares_kernel(shares_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+def _sum_into(shares_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     start = 0
@@ -37,15 +38,36 @@ def _sum_shares_kernel(shares_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N
     tl.store(out_ptr + offs_n, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
-def sum_shares(shares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Add up the programs' fp32 shares ``(P, N)`` of a weight gradient, in one launch and a fixed order.
+@triton.jit
+def _sum_shares_kernel(
+    first_ptr, second_ptr, first_out_ptr, second_out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    if tl.program_id(1) == 0:
+        _sum_into(first_ptr, first_out_ptr, P, N, BLOCK_P, BLOCK_N)
+    else:
+        _sum_into(second_ptr, second_out_ptr, P, N, BLOCK_P, BLOCK_N)
+
+
+def sum_shares(*shares: tuple[torch.Tensor, torch.dtype]) -> list[torch.Tensor]:
+    """Add up the programs' fp32 shares ``(P, N)`` of one or two weight gradients, in one launch and a fixed order.
+
+    The launch has little to read and much to wait for, so that a program has most of its few columns' shares on their
+    way at a time.
+
+    Args:
+        shares: of each gradient, and the dtype that it is wanted in; both of one shape.
 
     Returns:
-        ``(N,)`` in ``dtype``, rounded once; zeros where there is no share.
+        for each ``(N,)`` in its dtype, rounded once; zeros where there is no share.
     """
-    (p, n), out = shares.shape, shares.new_empty(shares.shape[1], dtype=dtype)
-    launch(_sum_shares_kernel, (cdiv(n, 32),), shares, out, p, n, BLOCK_P=32, BLOCK_N=32, num_warps=4)
-    return out
+    (first, *_), (last, *_) = shares[0], shares[-1]
+    (p, n), outs = first.shape, [part.new_empty(part.shape[1], dtype=dtype) for part, dtype in shares]
+    block_n = 16
+    launch(
+        _sum_shares_kernel, (cdiv(n, block_n), len(shares)), first, last, outs[0], outs[-1], p, n,
+        BLOCK_P=min(512, next_power_of_two(p)), BLOCK_N=block_n, num_warps=8,
+    )  # fmt: skip
+    return outs
 
 
 def check_norm(

@@ -50,9 +50,9 @@ class Deal(NamedTuple):
 def deal_chunks(device: torch.device, m: int, n: int, summing: bool, itemsize: int) -> Deal:
     """Deal out ``m`` rows of ``n`` columns in pieces, as :func:`._norms.deal_rows` does whole ones.
 
-    Without sums two rows of up to 2048 columns share a program, each with a warp of its own. A program that carries
-    sums along takes one row at a time: up to 1280 columns with one warp, which adds up without shared memory, in pieces
-    that leave no column over where that is possible (1152 are nine of 128).
+    Without sums two rows of up to 2048 columns share a program, each with a warp of its own. Programs that carry sums
+    along are few, since each leaves its share of the sums to be added up; up to 1280 columns they take four rows at a
+    time, each with a warp of its own.
 
     Args:
         device: where it runs.
@@ -66,12 +66,11 @@ def deal_chunks(device: torch.device, m: int, n: int, summing: bool, itemsize: i
         if chunks > 1 and n <= 2048:
             block_m, num_warps = 2, 2
         return Deal(cdiv(m, block_m), 1, block_m, chunk, chunks, num_warps, stages=1)
-    per_processor = 2 if n > 2048 else 4
+    per_processor = 2 if n > 2048 or 256 < n <= 1280 else 4
     if chunks == 1:
         block_m, chunk, num_warps = row_blocks(n, tile=2048)
     elif n <= 1280:
-        chunk = 256 if n % 256 == 0 or n % 128 else 128
-        chunks, num_warps, per_processor = cdiv(n, chunk), 1, 8
+        block_m, num_warps = 4, 4
     else:
         num_warps = min(16, 2 * num_warps)
     blocks = cdiv(m, block_m)
@@ -90,21 +89,15 @@ def load_chunks(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Load rows ``offs_m``, those before ``end``, in pieces of CHUNK columns; zeros elsewhere."""
+    """Load rows ``offs_m``, those before ``end``, in pieces of CHUNK columns; zeros elsewhere.
+
+    A stride of 0 gives each row the same numbers, such as a weight's, in the threads that hold the row's pieces; loaded
+    in one dimension they would go through shared memory to get there.
+    """
     offs_n = tl.arange(0, CHUNK)
     pieces = ()
     for c in tl.static_range(CHUNKS):
         mask = (offs_m < end)[:, None] & (c * CHUNK + offs_n < N)[None, :]
         at = offs_m[:, None] * stride + c * CHUNK + offs_n[None, :]
         pieces = pieces + (tl.load(ptr + at, mask=mask, other=0.0),)
-    return pieces
-
-
-@triton.jit
-def load_columns(ptr, N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Load N numbers in pieces of CHUNK; zeros behind the last."""
-    pieces = ()
-    for c in tl.static_range(CHUNKS):
-        cols = c * CHUNK + tl.arange(0, CHUNK)
-        pieces = pieces + (tl.load(ptr + cols, mask=cols < N, other=0.0),)
     return pieces

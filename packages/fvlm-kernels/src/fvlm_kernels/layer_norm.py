@@ -35,7 +35,7 @@ import torch
 from ._launch import Impl, cdiv, launch, rows_of, steps_known_ahead, use_triton
 from ._library import first_derivative_only, register
 from ._norms import check_norm, check_width, sum_shares
-from ._row_pieces import deal_chunks, load_chunks, load_columns, row_chunks
+from ._row_pieces import deal_chunks, load_chunks, row_chunks
 from ._triton import tl, triton
 
 
@@ -110,12 +110,14 @@ def _layer_norm_fwd_kernel(
             added = added + (h,)
         pieces = added
     mean, rstd = _mean_and_rstd(pieces, eps, N, CHUNK, CHUNKS)
+    weights = load_chunks(weight_ptr, 0, offs_m, M, N, CHUNK, CHUNKS)
+    if HAS_BIAS:
+        biases = load_chunks(bias_ptr, 0, offs_m, M, N, CHUNK, CHUNKS)
     for c in tl.static_range(CHUNKS):
         cols = c * CHUNK + offs_n
-        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        y = (pieces[c].to(tl.float32) - mean) * rstd * weight[None, :]
+        y = (pieces[c].to(tl.float32) - mean) * rstd * weights[c].to(tl.float32)
         if HAS_BIAS:
-            y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            y += biases[c].to(tl.float32)
         mask = (offs_m < M)[:, None] & (cols < N)[None, :]
         tl.store(y_ptr + offs_m[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -155,19 +157,21 @@ def _layer_norm_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     first = pid * steps * BLOCK_M  # row, of this program's share
     if SUMMING:
-        kept_weights = load_columns(weight_ptr, N, CHUNK, CHUNKS)
+        kept_weights = load_chunks(weight_ptr, 0, first + tl.arange(0, BLOCK_M), M, N, CHUNK, CHUNKS)
     # A loop that Triton pipelines: copies of the next rows to shared memory are under way while these are computed.
     # Rows loaded ahead into registers were no help: ptxas moves such loads down to where their values are needed.
     for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         offs_m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
         pieces = load_chunks(h_ptr, stride_h, offs_m, M, N, CHUNK, CHUNKS)
         grads = load_chunks(dy_ptr, stride_dy, offs_m, M, N, CHUNK, CHUNKS)
-        weights = kept_weights if SUMMING else load_columns(weight_ptr, N, CHUNK, CHUNKS)
+        if HAS_DH:
+            extras = load_chunks(dh_ptr, stride_dh, offs_m, M, N, CHUNK, CHUNKS)
+        weights = kept_weights if SUMMING else load_chunks(weight_ptr, 0, offs_m, M, N, CHUNK, CHUNKS)
         mean, rstd = _mean_and_rstd(pieces, eps, N, CHUNK, CHUNKS)
         total = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)
         along = tl.zeros((BLOCK_M, CHUNK), dtype=tl.float32)
         for c in tl.static_range(CHUNKS):  # a gradient is zero where there is no column
-            g = grads[c].to(tl.float32) * weights[c].to(tl.float32)[None, :]
+            g = grads[c].to(tl.float32) * weights[c].to(tl.float32)
             total += g
             along += g * (pieces[c].to(tl.float32) - mean)
         # dx = rstd (g - mean(g) - n mean(g n)) with n = rstd (h - mean), as two multiplications with sums an element
@@ -180,11 +184,10 @@ def _layer_norm_bwd_kernel(
             mask = (offs_m < M)[:, None] & (cols < N)[None, :]
             centred = pieces[c].to(tl.float32) - mean
             dy = grads[c].to(tl.float32)
-            g = dy * weights[c].to(tl.float32)[None, :]
+            g = dy * weights[c].to(tl.float32)
             dx = g * rstd - (centred * slope + less)
             if HAS_DH:
-                at = offs_m[:, None] * stride_dh + cols[None, :]
-                dx += tl.load(dh_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                dx += extras[c].to(tl.float32)
             tl.store(dx_ptr + offs_m[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
             more_dweight = more_dweight + (dweight[c] + dy * (centred * rstd) if NEED_DWEIGHT else dweight[c],)
             more_dbias = more_dbias + (dbias[c] + dy if NEED_DBIAS else dbias[c],)
@@ -259,6 +262,7 @@ def _layer_norm_bwd(
     eps: float,
     need_dweight: bool,
     need_dbias: bool,
+    bias_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, kept, extra = rows_of(dy), rows_of(h), None if dh is None else rows_of(dh)
     (m, n), dx = kept.shape, h.new_empty(h.shape)
@@ -294,8 +298,10 @@ def _layer_norm_bwd(
         STAGES=deal.stages,
         num_warps=deal.num_warps,
     )
-    dweight = sum_shares(partial_weight, weight.dtype) if need_dweight else weight.new_empty(0)
-    dbias = sum_shares(partial_bias, torch.float32) if need_dbias else weight.new_empty(0, dtype=torch.float32)
+    parts = [(partial_weight, weight.dtype)] * need_dweight + [(partial_bias, bias_dtype)] * need_dbias
+    made = iter(sum_shares(*parts) if parts else ())
+    dweight = next(made) if need_dweight else weight.new_empty(0)
+    dbias = next(made) if need_dbias else weight.new_empty(0, dtype=bias_dtype)
     return dx, dweight, dbias
 
 
@@ -311,13 +317,13 @@ _add_fwd_op = register(
     lambda x, residual, weight, bias, eps, out_dtype: (x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape)),
 )
 _bwd_op = register(
-    "layer_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor weight, float eps, bool need_dweight, bool need_dbias)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "layer_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor weight, float eps, bool need_dweight, bool need_dbias,"
+    " ScalarType bias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _layer_norm_bwd,
-    lambda dy, dh, h, weight, eps, need_dweight, need_dbias: (
+    lambda dy, dh, h, weight, eps, need_dweight, need_dbias, bias_dtype: (
         h.new_empty(h.shape),
         weight.new_empty(weight.shape if need_dweight else 0),
-        weight.new_empty(weight.shape if need_dbias else 0, dtype=torch.float32),
+        weight.new_empty(weight.shape if need_dbias else 0, dtype=bias_dtype),
     ),
 )
 
@@ -342,7 +348,7 @@ class _LayerNorm(torch.autograd.Function):
             y, h = _add_fwd_op(x, residual, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x if h is None else h, weight)
         ctx.eps = eps
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
         return y, h
 
     @staticmethod
@@ -352,12 +358,12 @@ class _LayerNorm(torch.autograd.Function):
             return dh, dh, None, None, None, None
         h, weight = ctx.saved_tensors
         _, need_residual, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _bwd_op(dy, dh, h, weight, ctx.eps, need_dweight, need_dbias)
+        dx, dweight, dbias = _bwd_op(dy, dh, h, weight, ctx.eps, need_dweight, need_dbias, ctx.bias_dtype)
         return (
             dx,
             dx if need_residual else None,
             dweight if need_dweight else None,
-            dbias.to(ctx.bias_dtype) if need_dbias else None,
+            dbias if need_dbias else None,
             None,
             None,
         )

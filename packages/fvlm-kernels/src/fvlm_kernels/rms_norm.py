@@ -23,8 +23,8 @@ read once, and computed and accumulated in fp32. ``rounding`` says where the res
   (``Gemma3RMSNorm``, which has ``offset=1``).
 
 rstd is recomputed in backward, where h is read anyway, instead of being saved. dweight is summed in fp32 by a fixed
-number of programs over fixed rows, then over programs: two runs on one card give the same bits. Those few programs load
-their next rows before they compute with the present ones, since nothing else would keep the memory busy.
+number of programs over fixed rows, then over programs: two runs on one card give the same bits. Triton
+pipelines their loop over rows, since nothing else would keep the memory busy.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _rms_norm_bwd(
         STAGES=stages,
         num_warps=num_warps,
     )
-    return dx, weight.new_empty(0) if partial is None else sum_shares(partial, weight.dtype)
+    return dx, weight.new_empty(0) if partial is None else sum_shares((partial, weight.dtype))[0]
 
 
 _fwd_op = register(

@@ -162,6 +162,7 @@ def test_a_folder_that_does_not_say_how_is_not_guessed_at(tools: Any, adapter: P
 def test_a_quantized_checkpoint_is_dequantized(tools: Any, tmp_path: Path, precision: Precision) -> None:
     base = tools.checkpoint(dtype=torch.float16)
     load_model(base, precision=precision, dtype="float16", device_map="cpu").save_pretrained(tmp_path / "quantized")
+    tools.processor(base).save_pretrained(tmp_path / "quantized")
     model = load_model(tmp_path / "quantized", precision=precision, dtype="float16", device_map="cpu")
     origin = origin_of(model)
     assert origin is not None
@@ -175,9 +176,12 @@ def test_a_quantized_checkpoint_is_dequantized(tools: Any, tmp_path: Path, preci
     assert a.keys() == b.keys() == load_file(base / "model.safetensors").keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert read_report(live).merged_onto == read_report(folder).merged_onto == "dequantized"
-    assert tools.distance(tools.logits(tools.load(live), live), expected) < (
-        0.03 if precision is Precision.NF4 else 0.2
-    )
+    assert "quantization_config" in (tmp_path / "quantized" / "config.json").read_text()
+    for out in (live, folder):
+        assert "quantization_config" not in (out / "config.json").read_text(), "at no level: its weights are 16-bit"
+        assert tools.distance(tools.logits(tools.load(out), out), expected) < (
+            0.03 if precision is Precision.NF4 else 0.2
+        )
 
 
 def test_a_four_bit_model_is_written_in_four_bit(tools: Any, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ Losses, accuracies, gradients' norms and weights are those of a run in which not
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from parity_tools import make_batches, trainable
@@ -15,8 +13,6 @@ from trl import SFTConfig
 from fvlm_core import ResourceError
 from fvlm_core.checkpointing import graphs_of, use_graphs
 from fvlm_core.graphs import LayerGraphs
-from fvlm_core.graphs.room import Room
-from fvlm_core.testing import tiny_checkpoint
 from fvlm_vision import FastVisionDataCollator, FastVisionModel, FastVisionTrainer, repeating
 
 STEPS = 4
@@ -203,95 +199,3 @@ def test_evaluation_is_repeated(trainer_of):
     assert not graphs_of(trainer.model).holds
     for name in ("eval_loss", "eval_mean_token_accuracy"):
         assert found[name] == expected[name]
-
-
-SMALL = [length for length in range(16384, 32768, 2048) for _ in range(3)]
-"""Of eight lengths, whose layers would keep in all much more than one of the large length needs to run."""
-LARGE = 65536
-
-
-def text(lengths):
-    """Batches of one row of tokens each, of whatever lengths."""
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(300, 500, (1, length), generator=generator) for length in lengths]
-
-
-def text_run(folder, out, lengths, mode, *, repeat=True, device="cuda", **loading):
-    """Train on text; return the losses and the layers' recordings."""
-    model, processor = FastVisionModel.from_pretrained(folder, load_in_16bit=True, **loading)
-    model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=8, use_gradient_checkpointing=mode)
-    if not repeat:  # as a loop without our trainer: layers alone do what they can
-        losses = []
-        optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
-        model.train()
-        for ids in text(lengths):
-            with torch.autocast(device, torch.bfloat16):
-                loss = model(input_ids=ids.to(device), labels=ids.to(device)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses, graphs_of(model)
-    args = SFTConfig(
-        output_dir=str(out),
-        per_device_train_batch_size=1,
-        max_steps=len(lengths),
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        optim="adamw_torch",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        bf16=device == "cuda",
-        use_cpu=device == "cpu",
-    )
-    trainer = FastVisionTrainer(
-        model=model,
-        processing_class=processor,
-        data_collator=lambda rows: {"input_ids": rows[0]["ids"], "labels": rows[0]["ids"]},
-        train_dataset=[{"ids": ids} for ids in text(lengths)],
-        args=args,
-    )
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], graphs_of(model)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("repeat", "early"), [(True, True), (True, False), (False, True)])
-def test_a_larger_batch_comes_under_a_real_limit(tmp_path, caplog, monkeypatch, repeat, early):
-    """Small batches fill what "offload" needs for large ones, and more: without giving back these could not run.
-
-    Layers that see it coming give back `early`; if they do not, memory does run out.
-    """
-    monkeypatch.setattr("fvlm_core.graphs.room._FIRST_GUESS", 1 << 24)  # the limit is far below what it is meant for
-    if not early:
-        monkeypatch.setattr(Room, "allows", lambda *_: True)
-    folder = tiny_checkpoint("qwen2_vl", tmp_path / "tiny", dtype=torch.bfloat16)
-    lengths = [*SMALL, LARGE, *SMALL[:3], LARGE]
-    text_run(folder, tmp_path, [1024] * 3, "offload", repeat=repeat)  # what a first run leaves allocated for good
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    expected, _ = text_run(folder, tmp_path, lengths, "offload", repeat=repeat)
-    needed = torch.cuda.max_memory_reserved()
-    gc.collect()
-    torch.cuda.empty_cache()
-    limit = needed + (64 << 20)
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        losses, graphs = text_run(folder, tmp_path, lengths, "auto", repeat=repeat, memory_budget=limit / 2**30)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    said = [r.message for r in caplog.records if "give it back" in r.message]
-    print(
-        f"needed {needed >> 20} MiB, limit {limit >> 20}, peak {torch.cuda.max_memory_reserved() >> 20}:",
-        *said,
-        sep="\n",
-    )
-    assert 1 <= len(said) <= 4
-    assert torch.cuda.max_memory_reserved() <= limit
-    assert graphs.replayed > graphs.recorded > 0
-    assert losses == pytest.approx(expected, rel=2e-3)

@@ -8,41 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from estimate_tools import config_of, opened_of, rows_of
 
-from fvlm_cli.config.read import read_config
-from fvlm_cli.config.schema import TrainConfig
-from fvlm_cli.estimate.activations import Batch, activations, recorded_sizes, saved
+from fvlm_cli.data.row import Row
+from fvlm_cli.estimate.activations import Batch, activations
 from fvlm_cli.estimate.gpus import GPUS, find_gpu
 from fvlm_cli.estimate.memory import GIB, Way, optimizer, weights
 from fvlm_cli.estimate.plan import estimate, shapes_of
 from fvlm_cli.estimate.workload import Load, loads_of_rows
-from fvlm_cli.inspection.opened import Opened, open_model
 from fvlm_cli.quickstart.folders import shipped_checkpoint
 from fvlm_cli.training.build import load as load_for_training
 from fvlm_core.errors import ConfigError
 
-NOT_SUMMED = ("working", "logits", "host", "peak", "needed")
+LARGEST = ("working", "logits", "gathered", "joined")
+NOT_SUMMED = (*LARGEST, "host", "peak", "needed")
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "pixtral", "gemma3"]
-
-
-def config_of(folder: Path, model: Path, *words: str) -> TrainConfig:
-    (folder / "config.yaml").write_text(
-        f"model: {{name: {model}, precision: 16bit, gradient_checkpointing: false}}\ndata: {{train: rows.jsonl}}\n",
-        encoding="utf-8",
-    )
-    return read_config(folder / "config.yaml", words)
-
-
-def opened_of(config: TrainConfig) -> Opened:
-    opened = open_model(config.model.name)
-    vars(opened.skeleton)["max_seq_length"] = config.model.max_seq_length
-    return opened
-
-
-def rows_of(batch: int, side: int, words: int) -> list[dict[str, Any]]:
-    image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
-    return [{"prompt": "what " * words, "completion": "answer " * words, "images": [image]}] * batch
 
 
 class Saved:
@@ -86,7 +66,6 @@ def test_activations_are_those_that_a_real_forward_saves(tmp_path: Path, family:
 
     collator = build_collator(config.data, model, processor)
     samples = rows_of(2, side=112, words=40)
-    from fvlm_cli.data.row import Row
 
     (load, _) = loads_of_rows(collator, [Row(sample, "here") for sample in samples], model.config)
     batch = collator(samples)
@@ -106,7 +85,6 @@ def test_activations_are_those_that_a_real_forward_saves(tmp_path: Path, family:
 def test_operations_are_those_of_a_real_step(tmp_path: Path, tuned: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fvlm_cli.data.row import Row
     from fvlm_cli.estimate.time import step
     from fvlm_cli.training.collate import build_collator
 
@@ -199,43 +177,6 @@ def test_more_of_anything_needs_more_and_frozen_towers_keep_nothing(tmp_path: Pa
     assert base.step_on(t4).operations < found("model.gradient_checkpointing=true").step_on(t4).operations
 
 
-def test_a_block_by_hand(tmp_path: Path) -> None:
-    config = config_of(tmp_path, shipped_checkpoint(), "lora.r=8")
-    shapes, _ = shapes_of(config, opened_of(config))
-    vision, language = shapes.blocks["vision"][0], shapes.blocks["language"][0]
-    # hidden 192, three heads of 64 for queries, keys and values alike, a gated MLP of 512, seven adapters
-    assert saved(language, 8, fused=True) == 4 * 192 + 4 * 192 + 2 * 512 + 7 * 8
-    assert saved(language, 8, fused=False) == 4 * 192 + 4 * 192 + 4 * 512 + 7 * 8
-    # hidden 128, one product for the three, rotated copies of two, a plain MLP of 512, four adapters
-    assert saved(vision, 8, fused=True) == 4 * 128 + 4 * 128 + 2 * 128 + 512 + 4 * 8
-    assert len(shapes.blocks["vision"]) == len(shapes.blocks["language"]) == 4
-
-
-def test_recordings_are_counted_as_they_are_made() -> None:
-    assert recorded_sizes([500], 64) == [512], "in the second round it comes again"
-    assert recorded_sizes([1030, 1030, 1030, 1030], 64) == [1088], "one length has a recording of just its size"
-    assert recorded_sizes([1030, 1100, 1150, 1040], 64) == [1152], "different ones share the next of eight an octave"
-    assert recorded_sizes([1030, 1100, *[1040] * 9], 64) == [1088, 1152], "and the one that most are of gets its own"
-    assert recorded_sizes([0, 0], 64) == []
-    assert recorded_sizes([5000, 5001], 1) == [5120]
-
-
-def test_what_a_backward_pass_holds_by_hand(tmp_path: Path) -> None:
-    config = config_of(tmp_path, shipped_checkpoint(), "lora.r=8", "model.gradient_checkpointing=offload")
-    shapes, _ = shapes_of(config, opened_of(config))
-    for patches, kept in ((1024, 0), (4096, 1)):  # a patch of the larger image sees enough to keep what attention gave
-        row = Load(500, 100, patches, patches**2, 400_000, 260, 1)
-        found = activations(shapes, Batch.of([row]), "offload", fused=True, rank=8, itemsize=2)
-        # saved, as above; dg, du, the gradients of the output and the MLP's input; three hidden states on their way
-        saves, back = 4 * 192 + 4 * 192 + 2 * 512 + 7 * 8, 2 * 512 + 2 * 192
-        assert found.working["language"] == 2 * 512 * (saves + back + 3 * 192) + found.between
-        # in a plain MLP the activation's gradient becomes that of the pre-activation
-        saves, back = 4 * 128 + 4 * 128 + 2 * 128 + 512 + 4 * 8, 512 + 2 * 128
-        assert found.working["vision"] == 2 * patches * (saves + back + 3 * (1 + kept) * 128)
-        assert found.stages == max(2 * 512 * 4 * 192, 2 * patches * (4 + kept) * 128)
-        assert found.host == 4 * 2 * (512 * 192 + patches * (1 + kept) * 128)
-
-
 def test_the_command_says_what_fits_and_exits_by_it(fvlm, handwriting_run: Path) -> None:
     done = fvlm("estimate", "config.yaml", "--gpu", "t4", "--json", cwd=handwriting_run)
     assert done.returncode == 0, done.stderr
@@ -246,7 +187,7 @@ def test_the_command_says_what_fits_and_exits_by_it(fvlm, handwriting_run: Path)
     assert found["longest_row"]["patches"] == 64
     parts = found["memory_gib"]
     summed = sum(value for name, value in parts.items() if name not in NOT_SUMMED)
-    assert parts["peak"] == pytest.approx(summed + max(parts["working"], parts["logits"]), abs=0.006)
+    assert parts["peak"] == pytest.approx(summed + max(parts[name] for name in LARGEST), abs=0.006)
     assert found["gpu"]["fits"]
     assert found["gpu"]["largest_batch"] > 100
     assert found["gpu"]["step_seconds"] > 0

@@ -106,6 +106,7 @@ class Activations:
         stages: the fixed memory of recordings.
         passing: the language model's hidden states on their way, when the loss is computed.
         between: what the projector keeps while the language model runs.
+        joined: what a tower that puts results of several layers side by side holds at its end.
         host: pinned host memory.
     """
 
@@ -114,6 +115,7 @@ class Activations:
     stages: float
     passing: float
     between: float
+    joined: float
     host: float
 
 
@@ -142,13 +144,16 @@ def activations(shapes: Shapes, batch: Batch, mode: Mode, *, fused: bool, rank: 
     blocks = flowing(shapes)
     kept = host = passing = 0.0
     working: dict[str, float] = {}
-    stage: dict[str, float] = {}
+    stage: dict[tuple[str, int], float] = {}
     between = _between(shapes, batch, itemsize) if any(tower == "vision" for tower, _ in blocks) else 0.0
     for tower, block in blocks:
-        numbers = saved(block, rank, fused) * itemsize
-        hidden = block.hidden * tokens[tower] * itemsize
+        carried = _carried(shapes, tower, itemsize)
+        numbers = saved(block, rank, fused) * itemsize + block.norms * block.hidden * (carried - itemsize)
+        hidden = block.hidden * tokens[tower] * carried
         attended = block.query * tokens[tower] * itemsize if recorded and _kept_beside(tower, batch, mode) else 0.0
-        stage[tower] = max(stage.get(tower, 0.0), STAGE * hidden + attended)
+        for role, size in (("hidden", STAGE * hidden), ("attended", attended)):
+            place = (role, carried if role == "hidden" else itemsize)
+            stage[place] = max(stage.get(place, 0.0), size)
         flight = (1 if mode in ("none", "recompute") else IN_FLIGHT) * (hidden + attended)
         passing = flight if tower == "language" else passing
         going_back = _going_back(block, fused) * tokens[tower] * itemsize
@@ -165,9 +170,26 @@ def activations(shapes: Shapes, batch: Batch, mode: Mode, *, fused: bool, rank: 
             kept += (numbers + block.hidden * itemsize) * each
         else:
             host += hidden + attended
-    # All recordings take their places from one arena, of the size of the largest (`fvlm_core.graphs.stage.Arena`).
-    stages = max(stage.values(), default=0.0) if recorded else 0.0
-    return Activations(kept, working, stages, passing, between, host)
+    # All recordings take their places from one arena, of the size of the largest of a role and dtype
+    # (`fvlm_core.graphs.stage.Arena`).
+    stages = sum(stage.values()) if recorded else 0.0
+    joined = _joined(shapes, tokens["vision"], itemsize) if fused and between else 0.0
+    return Activations(kept, working, stages, passing, between, joined, host)
+
+
+def _carried(shapes: Shapes, tower: str, itemsize: int) -> int:
+    """Return the bytes of a number that goes from block to block: of fp32 where a norm stands in front of them all."""
+    return max(itemsize, 4) if shapes.joined and tower == "vision" else itemsize
+
+
+def _joined(shapes: Shapes, patches: int, itemsize: int) -> float:
+    """Return what a tower holds that puts results of several layers side by side (`fvlm_core.fused.tiles`).
+
+    These results, and what the norms in front of the local and the global layers keep; and twice what is put together.
+    """
+    numbers = shapes.blocks["vision"][0].hidden * patches
+    states = (shapes.joined + 2) * numbers * _carried(shapes, "vision", itemsize)
+    return float(states + 2 * shapes.joined * numbers * itemsize) if shapes.joined else 0.0
 
 
 def _kept_beside(tower: str, batch: Batch, mode: Mode) -> bool:

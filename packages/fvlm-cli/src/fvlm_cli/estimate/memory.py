@@ -39,7 +39,7 @@ class Memory:
         weights: of the base model.
         adapters: of what is trained beside it.
         copies: of the adapters in the dtype of computation, which recordings read.
-        gradients: of what is trained, each parameter's and those that the flat ones gather.
+        gradients: of what is trained.
         optimizer: its states.
         inputs: pixels and token ids of a step's batches.
         stages: the fixed memory of recordings.
@@ -48,7 +48,9 @@ class Memory:
         working: of the block that needs most beside what is kept: its recomputation and backward, dequantized weights,
             hidden states on their way.
         language: the same of the language model's blocks alone.
-        logits: the same for the loss; the larger of the two counts.
+        logits: the same for the loss; of this and those around it the largest counts.
+        gathered: the gradients once more, in flat parameters, for the optimizer's step.
+        joined: the same for a tower that puts results of several layers side by side, at its end.
         host: pinned host memory, beside the device's.
         recorded: whether `working` is the memory of recordings, which nothing else can use.
     """
@@ -65,6 +67,8 @@ class Memory:
     working: float = 0.0
     language: float = 0.0
     logits: float = 0.0
+    gathered: float = 0.0
+    joined: float = 0.0
     host: float = 0.0
     recorded: bool = False
 
@@ -76,7 +80,12 @@ class Memory:
     @property
     def peak(self) -> float:
         """What PyTorch's allocator reports as its maximum."""
-        return self._standing + max(self.working, self.logits)
+        return self._standing + max(self.working, self._outside)
+
+    @property
+    def _outside(self) -> float:
+        """What the most takes of what is never recorded."""
+        return max(self.logits, self.gathered, self.joined)
 
     @property
     def settled(self) -> float:
@@ -84,7 +93,7 @@ class Memory:
 
         What recordings work in is theirs by then: reserved, in the allocator's words, and no longer allocated.
         """
-        return self._standing + self.logits if self.recorded else self.peak
+        return self._standing + self._outside if self.recorded else self.peak
 
     @property
     def settling(self) -> float:
@@ -94,7 +103,7 @@ class Memory:
     @property
     def needed(self) -> float:
         """What a card must have."""
-        both = self.working + self.logits if self.recorded else max(self.working, self.logits)
+        both = self.working + self._outside if self.recorded else max(self.working, self._outside)
         return self._standing + both + RESERVE
 
     def as_data(self) -> dict[str, float]:
@@ -140,12 +149,16 @@ def memory(shapes: Shapes, batch: Batch, way: Way) -> Memory:
     trained_bytes = itemsize if held == "full" else 4  # adapters are fp32, whatever the base is in
     adapters = 0.0 if held == "full" else shapes.trained * 4.0
     flat = fused and held != "full" and way.optim.lower().startswith(_FLAT)
+    gradients = float(shapes.trained * trained_bytes)
+    gathered = gradients if flat else 0.0
+    # Where layers keep what they compute, a batch may have to be done again, with the gradients so far as they were.
+    holds = way.mode == "auto" and way.accumulation > 1
     dequantized = float(shapes.largest * itemsize) if held in ("4bit", "8bit") else 0.0
     return Memory(
         weights=weights(shapes, held, itemsize),
         adapters=adapters,
         copies=shapes.trained * float(itemsize) if recorded and held != "full" else 0.0,
-        gradients=float(shapes.trained * trained_bytes) * (2 if flat else 1),
+        gradients=gradients + (gathered if holds else 0.0),
         optimizer=optimizer(shapes, way.optim, trained_bytes),
         inputs=_inputs(batch, way),
         stages=found.stages,
@@ -154,6 +167,8 @@ def memory(shapes: Shapes, batch: Batch, way: Way) -> Memory:
         working=max(found.working.values(), default=0.0) + dequantized,
         language=found.working.get("language", 0.0) + dequantized,
         logits=logits(shapes, batch, fused=fused, itemsize=itemsize) + found.between + found.passing,
+        gathered=0.0 if holds else gathered,
+        joined=found.joined,
         host=found.host,
         recorded=recorded,
     )

@@ -59,6 +59,7 @@ class Shapes:
         rank: of the adapters; 0 without any.
         between: numbers that go into and come out of the projector's linear layers, for a media token.
         small: trained parameters in tensors too small for an 8-bit optimizer to quantize.
+        joined: how many layers' results a tower puts side by side (Llama 3.2 Vision); 0: it gives the last one's.
     """
 
     blocks: dict[Tower, list[Block]] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class Shapes:
     rank: int = 0
     between: int = 0
     small: int = 0
+    joined: int = 0
 
     @property
     def total(self) -> int:
@@ -119,6 +121,9 @@ def read_shapes(model: Any, facts: ArchFacts) -> Shapes:
     _count(model, facts, shapes)
     shapes.rank = model.active_peft_config.r if adapted else 0
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "tiled_tower" in facts.fused.values():
+        vision = base.config.vision_config
+        shapes.joined = vision.vision_output_dim // vision.hidden_size
     head = base.get_output_embeddings()
     if head is not None:
         shapes.vocabulary, shapes.width = head.weight.shape

@@ -114,7 +114,10 @@ def _patches(batch: Mapping[str, Any], config: Any) -> tuple[int, int]:
     side = side[0] if isinstance(side, list | tuple) else side
     tiles = pixels.numel() // (pixels.shape[-1] * pixels.shape[-2] * pixels.shape[-3])
     each = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
-    return tiles * each, tiles * each * each
+    together = each * (
+        pixels.shape[-4] if pixels.dim() == 6 else 1
+    )  # an image's tiles see each other (Llama 3.2 Vision)
+    return tiles * each, tiles * each * together
 
 
 def _span(patches: int, vision: Mapping[str, Any]) -> int:

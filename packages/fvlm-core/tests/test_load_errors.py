@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fvlm_core import CheckpointError, ConfigError, Precision, load_model
+from fvlm_core.errors import MissingExtraError
 from fvlm_core.fused import fusion_report
 
 
@@ -170,6 +171,12 @@ def test_a_quantized_config_over_plain_weights(copy):
 def test_an_unknown_option_names_the_nearest(copy):
     assert "the nearest one is 'attn_implementation'." in refused(ConfigError, copy, attn_implementaton="sdpa")
     assert "known options are attn_implementation" in refused(ConfigError, copy, zzz=1)
+
+
+def test_an_attention_that_cannot_be_had(copy):
+    message = refused(ConfigError, copy, attn_implementation="fast")
+    assert "attn_implementation='fast' is none that a qwen2_vl model can have" in message
+    assert "install it" in refused(MissingExtraError, copy, attn_implementation="flash_attention_2")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from typing import TYPE_CHECKING, Any, cast
 
 from fvlm_core.checkpoint import GENERATION_CONFIG, Source, check_weights, find_source, read_config
 from fvlm_core.checkpointing import use_graphs
-from fvlm_core.errors import CheckpointError, ConfigError
+from fvlm_core.errors import CheckpointError, ConfigError, MissingExtraError
 from fvlm_core.fused import fuse_model
 from fvlm_core.graphs import LayerGraphs
 from fvlm_core.options import HUB_OPTIONS, MODEL_OPTIONS, check_flag, check_options
@@ -91,6 +92,8 @@ def load_model(
     settled = settle_precision(precision, stored, source.name)
     check_weights(source, options.get("variant"))
     config = _build_config(source, trust_remote_code, options.get("code_revision"))
+    if "attn_implementation" in options:
+        _check_attention(config, options["attn_implementation"], trust_remote_code)
     if isinstance(device_map, dict) and set(device_map) != {""}:
         check_places(device_map, build_skeleton(config))
     chosen_dtype = within_range(chosen_dtype, dtype, _written_facts(config))
@@ -164,6 +167,28 @@ def _build_config(source: Source, trust_remote_code: bool, code_revision: str | 
         ) from None
     _check_task(config, source)
     return config
+
+
+def _check_attention(config: PreTrainedConfig, chosen: Any, trust_remote_code: bool) -> None:
+    """Refuse an attention that this model, or this machine, cannot have, before weights are read."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            AutoModelForImageTextToText.from_config(
+                copy.deepcopy(config), attn_implementation=chosen, trust_remote_code=trust_remote_code
+            )
+    except ImportError as error:
+        raise MissingExtraError(
+            f"attn_implementation={chosen!r} needs a package that is not here ({_first_line(error)}): install it, or "
+            "pass 'sdpa'."
+        ) from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"attn_implementation={chosen!r} is none that a {config.model_type} model can have: pass 'sdpa', 'eager', "
+            "'flash_attention_2' or another of transformers' names, or leave it out."
+        ) from None
 
 
 def _check_task(config: PreTrainedConfig, source: Source) -> None:

@@ -55,7 +55,7 @@ def chat(
     loaded, processor = load_to_answer(model, precision, trust_remote_code=trust_remote_code)
     session = Session(answerer(loaded, processor, decoding, resize), system, out)
     for path in image or []:
-        session.show(path)
+        session.show(path)  # one that cannot be shown ends it before anything is asked
     out.note("; ".join(_COMMANDS.values()))
     for line in _lines(out):
         if not session.take(line):
@@ -89,7 +89,7 @@ class Session:
         if word == "/quit":
             return False
         if word == "/image":
-            self.show(rest.strip())
+            self._show_if_there_is_one(rest.strip())
         elif word == "/clear":
             self._talk.messages.clear()
             self._talk.images.clear()
@@ -103,15 +103,24 @@ class Session:
             self._answer(line)
         return True
 
-    def show(self, path: str) -> None:
-        """Show an image with the next question."""
-        from fvlm_vision.media import ImageReader
-
+    def _show_if_there_is_one(self, path: str) -> None:
+        if not path:
+            self._complain("/image shows nothing; write its path behind it: /image photo.png.")
+            return
         try:
-            size = ImageReader().read(path).size
+            self.show(path)
         except DataError as error:
             self._complain(error.reason)
-            return
+
+    def show(self, path: str) -> None:
+        """Show an image with the next question.
+
+        Raises:
+            DataError: there is none, or it cannot be opened.
+        """
+        from fvlm_vision.media import ImageReader
+
+        size = ImageReader().read(path).size
         self._pending.append(path)
         self._out.note(f"{path}: {size[0]}×{size[1]} pixels, shown with the next question")
 

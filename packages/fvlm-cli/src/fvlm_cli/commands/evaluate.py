@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fvlm_cli.commands import asking
+from fvlm_cli.commands.places import check_parents
 from fvlm_cli.generate.load import Precision
 from fvlm_cli.output import Output
 from fvlm_core.errors import ConfigError
@@ -54,6 +55,7 @@ def evaluate(
         raise ConfigError(f"{config} has nothing to evaluate on; give data.eval or data.eval_fraction.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"--output {output} is not a new or empty folder; name another.")
+    check_parents("--output", output)
     from fvlm_cli.bars import track
     from fvlm_cli.data.read import read_data
 

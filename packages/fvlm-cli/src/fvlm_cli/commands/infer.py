@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from fvlm_cli.commands import asking
+from fvlm_cli.commands.places import check_parents
 from fvlm_cli.output import Output
 from fvlm_core.errors import ConfigError
 
@@ -67,6 +68,8 @@ def infer(
     asked = requests(image or [], prompt, input, system)
     if output is not None and output.exists():
         raise ConfigError(f"--output {output} exists already; name another file, or remove it.")
+    if output is not None:
+        check_parents("--output", output)
     quiet_libraries(out.debug)
     out.note(f"loading {model}")
     loaded, processor = load_to_answer(model, precision, trust_remote_code=trust_remote_code)

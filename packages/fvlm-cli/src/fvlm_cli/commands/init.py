@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fvlm_cli.commands.places import check_file
 from fvlm_cli.output import Output
 from fvlm_core.errors import ConfigError
 
@@ -43,6 +44,7 @@ def init(
     """Write a config in which every key is explained, for a model family and a data format."""
     from fvlm_cli.config.write import start_config
 
+    check_file("CONFIG.yaml", path)
     if path.exists():
         raise ConfigError(f"{path} exists already; name another file, or remove it.")
     known: str | None = family

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fvlm_cli.commands.places import check_file
 from fvlm_cli.exits import Exit
 from fvlm_cli.output import Output
 
@@ -39,6 +40,8 @@ def preview(
     from fvlm_cli.preview.record import as_data
     from fvlm_cli.preview.terminal import show
 
+    if html is not None:
+        check_file("--html", html)
     quiet_libraries(out.debug)
     read = read_config(config, settings or [])
     found = look(read, out, show=rows, check=check)

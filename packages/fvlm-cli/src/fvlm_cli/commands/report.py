@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fvlm_cli.commands.places import check_file
 from fvlm_cli.output import Output
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def report(run: _RUN, compare: _COMPARE = None, output: _OUTPUT = None, rows: _M
     from fvlm_cli.report.run import write_run_report
 
     path = output or run / "report.html"
+    check_file("--output", path)
     gathered = gather(run)
     other = None if compare is None else gather(compare)
     shown = write_run_report(path, gathered, other, rows)

@@ -141,7 +141,7 @@ class DataSection(Section):
     caption_prompt: str = Field(
         default="Describe this image.", description="What is asked about the images of a folder."
     )
-    limit: int | None = Field(default=None, ge=1, description="Use only so many rows: the first ones.")
+    limit: int | None = Field(default=None, ge=1, le=2**63 - 1, description="Use only so many rows: the first ones.")
     train_on_responses_only: bool = Field(default=False, description="Only the assistant's words are trained.")
     instruction_part: str | None = Field(
         default=None, description="What starts a user turn, where the template marks none."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from fvlm_cli.data.stream import RowStream
 from fvlm_cli.training.arguments import TOWERS, training_arguments
 from fvlm_cli.training.collate import build_collator
 from fvlm_cli.training.rates import split_by_tower
-from fvlm_core.errors import ConfigError, DataError
+from fvlm_core.errors import ConfigError, DataError, FvlmError, MissingExtraError
 from fvlm_vision import FastVisionModel, FastVisionTrainer
 
 if TYPE_CHECKING:
@@ -52,6 +54,11 @@ def load(config: TrainConfig) -> tuple[PreTrainedModel | PeftModel, ProcessorMix
         **_PRECISIONS[section.precision],
         **options,
     )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            f"model.device_map={section.device_map!r} leaves weights on the disk, where nothing trains them; leave it "
+            "out, or use a device with room for them."
+        )
     if isinstance(model, PeftModel):
         if config.lora != LoraSection():
             raise ConfigError(f"model.name={section.name!r} is an adapter, which is trained as it is: leave lora out.")
@@ -91,16 +98,30 @@ def build_trainer(
     Raises:
         ConfigError: an argument of the data or train section cannot be used.
     """
-    return RunTrainer(
-        evaluate,
-        {tower: rate for tower in TOWERS if (rate := getattr(config.train, f"{tower}_learning_rate")) is not None},
-        model=model,
-        processing_class=processor,
-        data_collator=build_collator(config.data, model, processor, packing=config.data.packing),
-        train_dataset=RowStream(config.data, config.train.seed) if train is None else [row.sample for row in train],
-        eval_dataset=[row.sample for row in evaluate] or None,
-        args=training_arguments(config, checkpoints, bool(evaluate)),
-    )
+    given: dict[str, Any] = {
+        "model": model,
+        "processing_class": processor,
+        "data_collator": build_collator(config.data, model, processor, packing=config.data.packing),
+        "train_dataset": RowStream(config.data, config.train.seed) if train is None else [row.sample for row in train],
+        "eval_dataset": [row.sample for row in evaluate] or None,
+        "args": training_arguments(config, checkpoints, bool(evaluate)),
+    }
+    rates = {tower: rate for tower in TOWERS if (rate := getattr(config.train, f"{tower}_learning_rate")) is not None}
+    with _refusals():
+        return RunTrainer(evaluate, rates, **given)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Say in one sentence what TRL and transformers refuse in a config whose keys are right one by one."""
+    try:
+        yield
+    except FvlmError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(f"this config needs what is not installed: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"the trainer refuses this config: {' '.join(str(error).split())}") from error
 
 
 class RunTrainer(FastVisionTrainer):
@@ -120,10 +141,16 @@ class RunTrainer(FastVisionTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer, with parameter groups by tower where towers have their own learning rates."""
         made = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        with _refusals():
+            optimizer = super().create_optimizer(model)
         if made and self._rates:
             split_by_tower(optimizer, self.model, self._rates, self.behind)
         return optimizer
+
+    def create_scheduler(self, *arguments: Any, **given: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule of the learning rate, as `train.lr_scheduler_type` says."""
+        with _refusals():
+            return super().create_scheduler(*arguments, **given)
 
     def evaluate(self, *arguments: Any, **given: Any) -> dict[str, float]:
         """Evaluate.

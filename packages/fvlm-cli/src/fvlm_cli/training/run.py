@@ -55,16 +55,21 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         "git": git_state(),
     }
     out.note(f"loading {config.model.name}")
-    from fvlm_cli.training.build import load  # torch and all: only once the data are known to be good
+    from fvlm_cli.training.build import build_trainer, load  # torch and all: only once the data are known to be good
 
     quiet_libraries(out.debug)
     check_reporting(config.train.report_to)
     model, processor = load(config)
     _describe(model, out)
+    try:
+        trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
+    except BaseException:
+        folder.leave_empty()
+        raise
     folder.prepare(config, resume)
     folder.write_record(record)
     try:
-        _carry_out(config, model, processor, (train, evaluate), folder, checkpoint, record, out)
+        _carry_out(config, trainer, processor, (train or [], evaluate), folder, checkpoint, record, out)
     except BaseException:
         folder.break_off(record)
         raise
@@ -78,9 +83,9 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
 
 def _carry_out(
     config: TrainConfig,
-    model: Any,
+    trainer: RunTrainer,
     processor: Any,
-    rows: tuple[list[Row] | None, list[Row]],
+    rows: tuple[list[Row], list[Row]],
     folder: RunFolder,
     checkpoint: Path | None,
     record: dict[str, Any],
@@ -88,13 +93,11 @@ def _carry_out(
 ) -> None:
     """Train and save, noting in the record what comes of it."""
     from fvlm_cli.training.answers import Answers
-    from fvlm_cli.training.build import build_trainer
 
-    train, evaluate = rows
-    trainer = build_trainer(config, model, processor, train, evaluate, folder.checkpoints)
+    model, (train, evaluate) = trainer.model, rows
     answers = Answers(config, model, processor, evaluate, folder, out)
     record |= answers.take("before")
-    interrupted = _train(trainer, train or [], checkpoint, out)
+    interrupted = _train(trainer, train, checkpoint, out)
     state = trainer.state
     folder.write_history(state.log_history)
     record |= {"steps": state.global_step, "epochs": state.epoch, **_losses(state.log_history)}

@@ -77,6 +77,12 @@ class RunFolder:
         plain = config.to_save()
         self.config.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
+    def leave_empty(self) -> None:
+        """Remove the folders that were made for a run which was refused."""
+        for path in (self.checkpoints, self.root):
+            with suppress(OSError):  # it holds something, or was never made
+                path.rmdir()
+
     def break_off(self, record: Mapping[str, Any]) -> None:
         """End a run that something stopped: say so in its record, or leave nothing where it has no results yet."""
         if not self.writes:
@@ -87,7 +93,7 @@ class RunFolder:
                 self.write_record({**record, "status": "failed"})
                 return
             self._clear()
-            self.root.rmdir()
+        self.leave_empty()
 
     def _clear(self) -> None:
         """Remove what an earlier run left, and nothing else."""

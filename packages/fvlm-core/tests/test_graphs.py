@@ -119,16 +119,15 @@ def test_gradients_add_up(model, mode):
 
 @pytest.mark.parametrize("mode", [True, "auto"])
 def test_two_forward_passes_before_the_backward_passes(model, mode):
-    """A backward pass brings its own input and rotary tables back, whatever was loaded since."""
-    first, second = (
-        without_mask(make_batch(model.config, lengths, seed)) for seed, lengths in ((0, (24, 24)), (1, (30, 11)))
-    )
-    expected = [step(model, batch) for batch in (first, second)]
+    """A backward pass brings its own input and rotary tables back, whatever was loaded since, by other shapes too."""
+    lengths = ((24, 24), (30, 11), (100, 90))
+    batches = [without_mask(make_batch(model.config, rows, seed)) for seed, rows in enumerate(lengths)]
+    expected = [step(model, batch) for batch in batches]
     recorded(model, mode)
     for _ in range(2):
-        for batch in (first, second):
+        for batch in batches:
             step(model, batch)
-    losses = [model(**batch).loss for batch in (first, second)]
+    losses = [model(**batch).loss for batch in batches]
     for loss, wanted in zip(losses, expected, strict=True):
         model.zero_grad()
         loss.backward()
@@ -253,3 +252,5 @@ def test_stages_of_all_shapes_share_the_memory_of_the_largest(model, mode):
     assert len({stage.tokens for stage in decoders}) == 3
     for role in ("x", "y", "dy", "dx"):
         assert len({getattr(stage, role).data_ptr() for stage in decoders}) == 1, role
+    assert len({stage.kwargs["position_embeddings"][0].data_ptr() for stage in decoders}) == 1
+    assert len({flat.data_ptr() for stage in decoders for flat, _ in stage._gradients.values()}) == 1

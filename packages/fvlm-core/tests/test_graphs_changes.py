@@ -1,6 +1,8 @@
 """What changes in a model between two steps so that its recordings no longer serve, and how often they are made."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -130,8 +132,8 @@ def test_another_mode_has_recordings_of_its_own(model, batch):
         assert graphs.holds == (layers > 0)
 
 
-def test_arguments_that_lie_there_already_are_not_copied_for_the_sake_of_a_number():
-    """A length is made anew for each layer, as an int that is equal and not the same."""
+def test_arguments_that_lie_there_already_are_not_copied_again():
+    """A length is made anew for each layer, as an int that is equal and not the same; tensors change in place."""
     starts, cosines = torch.tensor([0, 4]), (torch.ones(4, 2), torch.ones(4, 2))
     kwargs = {"starts": starts, "longest": 1000, "position_embeddings": cosines}
     stage = Stage(torch.zeros(4, 8), kwargs, 4, needs_dx=False, arena=Arena())
@@ -140,6 +142,22 @@ def test_arguments_that_lie_there_already_are_not_copied_for_the_sake_of_a_numbe
         stage.kwargs["starts"].fill_(7)
         stage.load_arguments(other)
         assert torch.equal(stage.kwargs["starts"], starts) == loads
+    stage.load_arguments((starts, 1000, cosines))
+    stage.load_arguments((starts.fill_(1), 1000, cosines))
+    assert torch.equal(stage.kwargs["starts"], starts)
+
+
+def test_a_batch_that_was_loaded_is_not_held(model, batch):
+    """Masks of tokens by tokens are large, and there is a recording for each of many lengths."""
+    recorded(model)
+    made = []
+    rotary = model.base_model.model.model.language_model.rotary_emb
+    rotary.register_forward_hook(lambda _, args, out: made.extend(map(weakref.ref, out)))
+    for _ in range(3):
+        step(model, batch)
+    gc.collect()
+    assert len(made) == 6
+    assert not [one for one in made if one() is not None]
 
 
 def test_gradients_of_several_dtypes_keep_the_precision_of_each(tiny):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -69,10 +70,15 @@ class Arena:
 
     Only one layer is replayed at a time, what it reads is loaded before, and what it leaves is copied out at once. So
     the input of one stage may lie where another's lies: a run over many image sizes holds the memory of the largest.
+
+    Attributes:
+        loaded: of each role of a keyword argument where it was last copied to, and what in which version, without
+            keeping that alive.
     """
 
     def __init__(self) -> None:
         self._largest: dict[Key, Tensor] = {}
+        self.loaded: dict[str, tuple[Key, ref[Tensor], int]] = {}
 
     def room(self, role: str, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Return memory of a shape, and of the dtype and device of ``like``.
@@ -86,7 +92,16 @@ class Arena:
         held = self._largest.get(key)
         if held is None or held.numel() < size:
             held = self._largest[key] = like.new_zeros(size)
-        return held[:size].view(*shape)
+        return held[:size].view(tuple(shape))
+
+
+class _Place(NamedTuple):
+    """Where a tensor among the keyword arguments lies, which tells it from other places, and whether it is a mask."""
+
+    role: str
+    room: Tensor
+    key: Key
+    is_mask: bool
 
 
 class Stage:
@@ -106,41 +121,33 @@ class Stage:
         self.tokens, self.needs_dx, self._arena = tokens, needs_dx, arena
         self.x, self.y, self.dy = (arena.room(role, hidden, shape) for role in ("x", "y", "dy"))
         self.dx = arena.room("dx", hidden, shape) if needs_dx else None
-        self.kwargs = {name: self._room_for(name, value, hidden.shape[-2]) for name, value in kwargs.items()}
-        self._masks = {name for name, value in kwargs.items() if is_square_mask(name, value, hidden.shape[-2])}
-        self._loaded: tuple[Any, ...] = ()
+        self._places: list[_Place] = []
+        self.kwargs = {name: self._room_for(name, name, value, hidden.shape[-2]) for name, value in kwargs.items()}
         self._gradients: dict[Key, tuple[Tensor, list[Tensor]]] = {}
 
-    def _room_for(self, name: str, value: Any, given: int) -> Any:
-        if isinstance(value, Tensor):
-            shape = list(value.shape)
-            if is_square_mask(name, value, given):
-                shape[-2:] = [self.tokens, self.tokens]
-            if name in TOKEN_AXES and shape[TOKEN_AXES[name]] == given:
-                shape[TOKEN_AXES[name]] = self.tokens
-            return value.new_zeros(shape)
+    def _room_for(self, name: str, role: str, value: Any, given: int) -> Any:
         if isinstance(value, tuple | list):
-            return tuple(self._room_for(name, part, given) for part in value)
-        return value
+            return tuple(self._room_for(name, f"{role} {number}", part, given) for number, part in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        shape, is_mask = list(value.shape), is_square_mask(name, value, given)
+        if is_mask:
+            shape[-2:] = [self.tokens, self.tokens]
+        if name in TOKEN_AXES and shape[TOKEN_AXES[name]] == given:
+            shape[TOKEN_AXES[name]] = self.tokens
+        room = self._arena.room(f"argument {role}", value, shape)
+        self._places.append(_Place(role, room, (room.data_ptr(), room.shape), is_mask))
+        return room
 
     def load_arguments(self, values: tuple[Any, ...]) -> None:
-        """Copy keyword arguments, given in the order of the first ones, unless they are those that lie here already.
-
-        Plain values are the same in all calls that a recording serves.
-        """
-        tensors = tuple(value for value in values if isinstance(value, Tensor | tuple | list))
-        if self._loaded and all(a is b for a, b in zip(tensors, self._loaded, strict=True)):
-            return
-        self._loaded = ()  # should a copy fail
-        for (name, room), value in zip(self.kwargs.items(), values, strict=True):
-            if name in self._masks:
-                _fill_mask(room, value)
-            elif isinstance(room, tuple):
-                for part, source in zip(room, value, strict=True):
-                    _fill(part, source)
-            elif isinstance(room, Tensor):
-                _fill(room, value)
-        self._loaded = tensors
+        """Copy the tensors among keyword arguments, in the order of the first ones, unless they lie here already."""
+        loaded = self._arena.loaded
+        for (role, room, key, is_mask), value in zip(self._places, _tensors(values), strict=True):
+            there, known, version = loaded.pop(role, (None, None, 0))
+            now = 0 if value.is_inference() else value._version
+            if there != key or known is None or known() is not value or version != now:
+                (_fill_mask if is_mask else _fill)(room, value)
+            loaded[role] = key, ref(value), now  # not where the copy failed
 
     def load(self, room: Tensor, value: Tensor) -> None:
         """Copy a hidden state or its gradient to its place."""
@@ -181,11 +188,20 @@ class Stage:
         key = tuple((tuple(p.shape), p.dtype) for p in parameters)
         if key not in self._gradients:
             dtype = reduce(torch.promote_types, (p.dtype for p in parameters))  # autograd gives each its own again
-            flat = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=self.x.device)
             sizes = [p.numel() for p in parameters]
+            flat = self._arena.room("gradients", self.x.new_empty(0, dtype=dtype), (sum(sizes),))
             views = [part.view(p.shape) for part, p in zip(flat.split(sizes), parameters, strict=True)]
             self._gradients[key] = flat, views
         return self._gradients[key]
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among keyword arguments; other values are the same in all calls that a recording serves."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from value
 
 
 def _fill_mask(room: Tensor, source: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parity_tools import clones, flat_gradients, make_batches, stock_model, trainable
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fvlm_core.checkpointing import graphs_of, use_graphs
 from fvlm_core.fused import fuse_model
@@ -154,6 +154,57 @@ def test_a_step_does_not_wait_for_the_device(qwen2_vl_folder, mode, packing):
                 model(**batch, num_items_in_batch=count).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert graphs_of(model).replayed > graphs_of(model).recorded > 0
+
+
+class Strict(TrainerCallback):
+    """Makes it an error to wait for the device, once layers are recorded: within steps, or from one into the next."""
+
+    def __init__(self, across):
+        self.across, self.steps = across, 0
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step >= 4:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **_):
+        self.steps += torch.cuda.get_sync_debug_mode() == 2
+        if not self.across or state.global_step == args.max_steps:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch_fused"])
+def test_a_trainers_steps_do_not_wait_for_the_device(qwen2_vl_folder, tmp_path, optim, across):
+    model, processor = FastVisionModel.from_pretrained(qwen2_vl_folder, load_in_4bit=True)
+    model = FastVisionModel.get_peft_model(model, r=16)
+    strict = Strict(across)
+    trainer = FastVisionTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=7,
+            logging_steps=100,
+            optim=optim,
+            bf16=True,
+            report_to="none",
+            save_strategy="no",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        ),
+        data_collator=FastVisionDataCollator(model, processor),
+        train_dataset=make_batches(1)[0] * 16,
+        processing_class=processor,
+        callbacks=[strict],
+    )
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert strict.steps == 3
     assert graphs_of(model).replayed > graphs_of(model).recorded > 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,16 +16,41 @@ from fvlm_vision.traversal import remembered
 
 
 class SteppingTrainer(LoadingTrainer):
-    """A trainer whose steps take the host little time: see `FlatOptimizer` and `remembered`."""
+    """A trainer whose steps take the host little time, and wait for the device only where something is reported.
+
+    See `FlatOptimizer` and `remembered`.
+    """
 
     _flat: FlatOptimizer | None = None
     _parameter_count: int | None = None
+    _filters_losses = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; what takes a walk through the whole model is done once, not in every step."""
         model: Any = self.model
-        with remembered(model):
+        with remembered(model), self._filtering_losses():
             return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _filtering_losses(self) -> Iterator[None]:
+        """Take ``logging_nan_inf_filter`` over: transformers' own waits for the device in every micro-batch to ask."""
+        self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            yield
+        finally:
+            self._filters_losses, self.args.logging_nan_inf_filter = False, self._filters_losses
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a micro-batch forward and backward; return its loss.
+
+        Where the arguments ask for the filter, the mean of the losses since the last report stands for one that is no
+        number, as in `transformers.Trainer`.
+        """
+        loss: Any = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if not self._filters_losses:
+            return loss
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, mean.to(loss))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate a batch's operations as `transformers.Trainer` does, counting the model's parameters once."""

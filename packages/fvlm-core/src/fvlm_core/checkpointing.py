@@ -110,16 +110,25 @@ def _carries_gradient(layer: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     return module is None or any(p.requires_grad for p in module.parameters())
 
 
-def canonical_mode(mode: bool | str) -> bool | str:
+def canonical_mode(mode: bool | str, memory_budget: float | None = None) -> bool | str:
     """False, True, ``"offload"`` or ``"auto"`` for a mode as the user writes it.
 
+    Args:
+        mode: what the user writes.
+        memory_budget: what the model was loaded with, or is to be.
+
     Raises:
-        ConfigError: it is none of the modes.
+        ConfigError: it is none of the modes, or a budget is given that has no say in it.
     """
     if not isinstance(mode, bool | str) or mode not in _ALIASES:
         raise ConfigError(
             f"use_gradient_checkpointing={mode!r} is not a mode: pass False, True, 'offload' "
             "('unsloth' is the same) or 'auto'."
+        )
+    if memory_budget is not None and _ALIASES[mode] != "auto":
+        raise ConfigError(
+            f"memory_budget={memory_budget!r} is for what layers keep, and under use_gradient_checkpointing="
+            f"{mode!r} nothing is chosen by it: pass 'auto', or load the model without it."
         )
     return _ALIASES[mode]
 
@@ -142,19 +151,14 @@ def apply_checkpointing(model: nn.Module, mode: bool | str) -> bool | str:
     Raises:
         ConfigError: ``mode`` is none of the modes, or a budget that the model was loaded with has no say in it.
     """
-    chosen = canonical_mode(mode)
     base = _base_model(model)
     graphs = graphs_of(base)
+    chosen = canonical_mode(mode, budget_of(base))
     if chosen == "auto" and graphs is None:
         logger.info(
             "use_gradient_checkpointing='auto' is 'offload' here: the model does not lie on one GPU with fused layers."
         )
         chosen = "offload"
-    if graphs is not None and graphs.memory_budget is not None and chosen != "auto":
-        raise ConfigError(
-            f"memory_budget={graphs.memory_budget!r} is for what layers keep, and under use_gradient_checkpointing="
-            f"{mode!r} nothing is chosen by it: pass 'auto', or load the model without it."
-        )
     if chosen is not False and not _supports(base):
         logger.warning("%s does not support gradient checkpointing: it stays off.", type(base).__name__)
         chosen = False
@@ -182,6 +186,12 @@ def graphs_of(model: nn.Module) -> LayerGraphs | None:
     """Return what runs a model's checkpointed layers as CUDA graphs, or None."""
     found: Any = vars(_base_model(model)).get(_GRAPHS)
     return found if isinstance(found, LayerGraphs) else None
+
+
+def budget_of(model: nn.Module) -> float | None:
+    """Return the memory budget in GiB that a model was loaded with, or None."""
+    graphs = graphs_of(model)
+    return None if graphs is None else graphs.memory_budget
 
 
 def remove_checkpointing(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fvlm_core.checkpoint import find_source
-from fvlm_core.checkpointing import apply_checkpointing, canonical_mode, remove_checkpointing
+from fvlm_core.checkpointing import apply_checkpointing, budget_of, canonical_mode, remove_checkpointing
 from fvlm_core.errors import ConfigError
 from fvlm_core.load import load_model
 from fvlm_core.options import HUB_OPTIONS, check_options
@@ -105,7 +105,7 @@ class FastVisionModel:
             MissingExtraError: ``fast_inference`` without vLLM.
         """
         precision = explicit_precision(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning)
-        canonical_mode(use_gradient_checkpointing)
+        canonical_mode(use_gradient_checkpointing, kwargs.get("memory_budget"))
         max_lora_rank = kwargs.pop("max_lora_rank", None)
         check_engine(fast_inference, gpu_memory_utilization, max_lora_rank)
         check_length(max_seq_length)
@@ -194,8 +194,8 @@ class FastVisionModel:
         """
         check_numbers(r, lora_alpha, lora_dropout, bias, random_state, use_rslora)
         check_lora_options(kwargs)
-        canonical_mode(use_gradient_checkpointing)
         _check_base(model)
+        canonical_mode(use_gradient_checkpointing, budget_of(model))
         selection = select_targets(
             model,
             vision=finetune_vision_layers,

@@ -5,6 +5,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from fvlm_core import ConfigError, checkpointing_mode
+from fvlm_core.checkpointing import use_graphs
+from fvlm_core.graphs import LayerGraphs
 from fvlm_vision import FastVisionModel
 
 
@@ -39,6 +41,18 @@ def test_inference_in_between_changes_nothing(batch, prompt, ask, adapted, mode)
     assert again == loss
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_budget_for_another_mode_is_refused_before_anything_is_done(folder, tmp_path):
+    said = r"^memory_budget=2 is for what layers keep, .*'unsloth' nothing is chosen by it: pass 'auto'"
+    with pytest.raises(ConfigError, match=said):
+        FastVisionModel.from_pretrained(tmp_path / "nothing there", memory_budget=2)
+    model, _ = FastVisionModel.from_pretrained(folder, load_in_16bit=True, fused_layers=True)
+    use_graphs(model, LayerGraphs(rehearse=True, memory_budget=2))
+    with pytest.raises(ConfigError, match=said):
+        FastVisionModel.get_peft_model(model)
+    adapted = FastVisionModel.get_peft_model(model, use_gradient_checkpointing="auto")
+    assert checkpointing_mode(adapted) == "auto"
 
 
 def test_generation_equals_stock(folder, prompt):

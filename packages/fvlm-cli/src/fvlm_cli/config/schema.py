@@ -202,7 +202,7 @@ class TrainSection(Section):
         default=None, ge=1, description="Steps between checkpoints. Default: after each epoch."
     )
     save_total_limit: int | None = Field(default=2, ge=1, description="Checkpoints kept; the oldest go first.")
-    dataloader_num_workers: int = Field(default=0, ge=0, description="Processes that prepare batches.")
+    dataloader_num_workers: int = Field(default=0, ge=0, le=1024, description="Processes that prepare batches.")
     report_to: str | list[str] = Field(default="none", description="tensorboard, wandb, trackio, … as in transformers.")
     run_name: str | None = Field(default=None, description="The run's name there.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other argument of trl.SFTConfig, by its name.")

@@ -41,6 +41,8 @@ BAD = [
     (("chat", str(shipped_checkpoint()), "--image", "nowhere.png"), Exit.DATA, "nowhere.png"),
     (("report", "nowhere"), Exit.DATA, "run.json"),
     (("merge", "./nowhere", "-o", "merged"), Exit.DATA, "nowhere"),
+    (("merge", "./nowhere", "-o", "full"), Exit.USAGE, "--output full is not empty"),
+    (("merge", "./nowhere", "-o", "config.yaml/x"), Exit.USAGE, "which is a file"),
     (("push", "./nowhere", "user/name"), Exit.DATA, "nowhere"),
     (("env", "--model", "./nowhere"), Exit.DATA, "nowhere"),
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fvlm_cli.commands import export_options as options
+from fvlm_cli.commands.places import check_parents
 from fvlm_cli.output import Output
+from fvlm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +42,12 @@ def merge(
     HF_TOKEN in the environment opens gated bases on the Hub.
     """
     weights, measured = options.numbers("--adapter", adapters), options.numbers("--metric", metrics)
+    folder = Path(output)
+    check_parents("--output", folder)
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"--output {output} is not empty; name another folder, or replace its model with --overwrite."
+        )
     from fvlm_export import save_pretrained_merged
 
     written = save_pretrained_merged(

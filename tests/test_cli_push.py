@@ -1,4 +1,4 @@
-"""`fvlm push` through the installed script, to the Hub of fvlm-export's tests on this machine."""
+"""`fvlm push` through the installed script, and the program that pushes, to the Hub of fvlm-export's tests."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ def adapter(qwen2_vl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def push(hub: Any, adapter: Path, token: str, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    script = str(Path(sys.executable).with_name("fvlm"))
+    return run(hub, token, tmp_path, script, "push", str(adapter), "me/model", "--json", *words)
+
+
+def run(hub: Any, token: str, tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -65,11 +70,7 @@ def push(hub: Any, adapter: Path, token: str, tmp_path: Path, *words: str) -> su
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": token,
     }
-    script = str(Path(sys.executable).with_name("fvlm"))
-    done = subprocess.run(
-        [script, "push", str(adapter), "me/model", "--json", *words],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert token not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -86,6 +87,24 @@ def test_an_adapter_is_merged_and_arrives(hub: Any, hub_module: Any, adapter: Pa
     there = hub.repos["me/model"].branches["main"]
     assert there["model.safetensors"] == (here / "model.safetensors").read_bytes()
     assert "adapter_config.json" not in there
+
+
+def test_the_program_that_saves_pushes_what_it_trained(hub: Any, hub_module: Any, tmp_path: Path) -> None:
+    """The last of the four: `model.push_to_hub_merged(repo, tokenizer, token=...)` on the model in memory."""
+    from fvlm_export import save_pretrained_merged
+
+    program, out = str(ROOT / "examples/programs/saving.py"), tmp_path / "out"
+    asked = ["--steps", "1", "--output", str(out), "--repo", "me/model"]
+    done = run(hub, hub_module.TOKEN, tmp_path, sys.executable, program, *asked)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/me/model/commit/" in done.stdout
+    there = hub.repos["me/model"].branches["main"]
+    assert {"config.json", "tokenizer.json", "processor_config.json", "README.md"} <= there.keys()
+    assert b"quantization_config" not in there["config.json"]
+    here = save_pretrained_merged(out / "adapter", tmp_path / "merged", progress=False)
+    assert there["model.safetensors"] == (here / "model.safetensors").read_bytes()
+    assert not any(hub_module.TOKEN.encode() in content for content in there.values())
+    assert not (out / "merged").exists()
 
 
 def test_every_option_of_the_repository_is_honoured(hub: Any, hub_module: Any, adapter: Path, tmp_path: Path) -> None:

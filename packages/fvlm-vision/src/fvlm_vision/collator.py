@@ -168,7 +168,7 @@ class FastVisionDataCollator:
             DataError: a sample cannot be used; it names the row where the sample carries it (`NumberedSample`).
         """
         if not samples:
-            raise DataError("a batch holds no samples.")
+            raise DataError("a batch holds no samples; hand the collator at least one.")
         items = [self._reader.read(sample, place) for place, sample in enumerate(samples)]
         return self._batch(items)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from fvlm_export import save_pretrained_merged
@@ -83,3 +85,28 @@ def test_the_index_tells_of_every_tensor_where_it_is(adapter: Path, base: Path, 
     assert len(set(held.values())) > 3
     assert index == {"metadata": {"total_size": size}, "weight_map": index["weight_map"]}
     assert index["weight_map"] == held
+
+
+def test_code_of_a_base_runs_only_where_it_is_trusted(
+    adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran = tmp_path / "ran"
+    (base / "modeling_own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import Qwen2VLForConditionalGeneration\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class Own(Qwen2VLForConditionalGeneration): pass\n"
+    )
+    edited(base, "config.json", auto_map={"AutoModelForImageTextToText": "modeling_own.Own"}, architectures=["Own"])
+    tensors = load_file(base / "model.safetensors")  # transformers renames what its own classes load, and nothing else
+    named = {re.sub("^model", "model.language_model", name): value for name, value in tensors.items()}
+    named = {re.sub("^visual", "model.visual", name): value for name, value in named.items()}
+    save_file(named, base / "model.safetensors", metadata={"format": "pt"})
+    merged = []
+    for trust in (False, True):
+        out = tmp_path / f"trusted-{trust}"
+        save_pretrained_merged(adapter, out, base=base, trust_remote_code=trust, progress=False)
+        assert ran.exists() == trust
+        merged.append((out / "model.safetensors").read_bytes())
+    assert merged[0] == merged[1]

@@ -107,12 +107,13 @@ def test_the_adapter_reloads_by_plain_peft(pair, folder, tmp_path):
     assert_same(gradients(again, plain(batch, processor)), gradients(model, batch), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["4bit", "16bit"])
 @pytest.mark.parametrize("tower", ["vision", "language"])
-def test_a_frozen_tower_leaves_the_other_ones_gradients(folder, tower):
-    model, processor = ours(folder, "16bit", **{f"finetune_{tower}_layers": False})
+def test_a_frozen_tower_leaves_the_other_ones_gradients(folder, tower, precision):
+    model, processor = ours(folder, precision, **{f"finetune_{tower}_layers": False})
     facts = facts_for(model)
     assert all(tower_of(name, facts) not in (tower, None) for name in model.base_model.targeted_module_names)
-    other = stock(folder, "16bit", model).train()
+    other = stock(folder, precision, model).train()
     same_start((model, other))
     batch = batch_for(model, processor)
     assert_same(gradients(model, batch), gradients(other, plain(batch, processor)))
@@ -138,10 +139,21 @@ def test_full_finetuning_equals_stocks(folder):
         assert_same(gradients(model, batch), expected)
 
 
-def test_a_curve_of_32_steps_is_stocks(folder):
-    model, processor = ours(folder, "16bit")
-    other = stock(folder, "16bit", model).train()
+def both_to_train(folder, precision):
+    """FVLM's model and stock's with the same start, everything trained where ``precision`` is "full"."""
+    if precision == "full":
+        model, processor = FastVisionModel.from_pretrained(folder, full_finetuning=True)
+        FastVisionModel.for_training(model)
+        return model, AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train(), processor
+    model, processor = ours(folder, precision)
+    other = stock(folder, precision, model).train()
     same_start((model, other))
+    return model, other, processor
+
+
+@pytest.mark.parametrize("precision", [*LOADING, "full"])
+def test_a_curve_of_32_steps_is_stocks(folder, precision):
+    model, other, processor = both_to_train(folder, precision)
     collator = FastVisionDataCollator(model, processor)
     batches = [collator([sample(number % 4, answer="one stamp " * (1 + number % 3))]) for number in range(STEPS)]
     curves = []

@@ -71,3 +71,44 @@ def test_every_flag_combination(family):
                 select_targets(model, **flags)
         else:
             assert set(select_targets(model, **flags).modules) == chosen, flags
+
+
+BOTH_PARTS = {"attention": True, "mlp": True}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_patterns_and_all_linear(family):
+    """The same linears of the language model by their names and by a pattern; every linear, by the towers' flags."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(blueprint(family).config)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    vision, projector, language = PLACES[family]
+    asked = {name for name in names if name.startswith(language) and name.endswith((".q_proj", ".down_proj"))}
+    assert any(name.endswith(".q_proj") for name in asked)
+    assert any(name.endswith(".down_proj") for name in asked)
+    alone = {**BOTH_PARTS, "vision": False, "language": True}
+    for target in (["q_proj", "down_proj"], r".*\.(q|down)_proj"):
+        assert set(select_targets(model, **alone, target_modules=target).modules) == asked, target
+    for towers in ({"vision"}, {"language"}, {"vision", "language"}):
+        flags = {**BOTH_PARTS, **{tower: tower in towers for tower in ("vision", "language")}}
+        found = select_targets(model, **flags, target_modules="all-linear").modules
+        starts = tuple(start for tower, start in (("vision", vision), ("language", language)) if tower in towers)
+        assert set(found) == {name for name in names if name.startswith(starts) and not name.startswith(projector)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_block_of_each_tower(family):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(blueprint(family).config)
+    flags = {**BOTH_PARTS, "vision": True, "language": True}
+    whole, last = (set(select_targets(model, **flags, last_n_layers=count).modules) for count in (None, 1))
+    vision, _, language = PLACES[family]
+    for start in (vision, language):
+        numbers = {name: [int(part) for part in name.split(".") if part.isdigit()] for name in whole}
+        of_tower = {name: number[0] for name, number in numbers.items() if name.startswith(start) and number}
+        taken = {name for name in last if name.startswith(start)}
+        assert taken
+        assert taken < set(of_tower)
+        final = "global_transformer." if (family, start) == ("mllama", vision) else ""  # its second list runs last
+        of_list = {name: number for name, number in of_tower.items() if final in name}
+        assert taken == {name for name, number in of_list.items() if number == max(of_list.values())}

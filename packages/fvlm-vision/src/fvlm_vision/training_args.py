@@ -95,7 +95,7 @@ def align(args: SFTConfig, model: PreTrainedModel) -> None:
     if changed:
         settings = ", ".join(f"{name}={value}" for name, value in changed.items())
         logger.info("Training settings follow the model: %s.", settings)
-    if not on_cpu and args.dataloader_pin_memory:
+    if args.device.type == "cuda" and args.dataloader_pin_memory:
         moving: Any = args.accelerator_config
         moving.non_blocking = True  # else each batch waits until the device has done all before it
     # Not said: these only keep trl from preparing rows that the collator prepares.

@@ -67,7 +67,12 @@ def test_no_micro_batch_asks_whether_its_loss_is_a_number(lora, processor, rows,
 
 def test_batches_are_moved_without_waiting_where_there_is_a_device(lora, arguments):
     model = lora()
-    for device, pinned, moves in (("cuda", True, True), ("cuda", False, False), ("cpu", True, False)):
+    for device, pinned, moves in (
+        ("cuda", True, True),
+        ("cuda", False, False),
+        ("mps", True, False),
+        ("cpu", True, False),
+    ):
         given = arguments()
         args = own_copy(given)
         args.dataloader_pin_memory = pinned  # a setting for the CPU has it off

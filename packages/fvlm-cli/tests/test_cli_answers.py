@@ -18,7 +18,7 @@ from fvlm_cli.generate.load import load_to_answer
 from fvlm_cli.generate.open import answerer
 from fvlm_cli.generate.questions import Conversation, Question, question_of
 from fvlm_cli.quickstart.folders import shipped_checkpoint
-from fvlm_cli.quickstart.reading import transcribe
+from fvlm_cli.quickstart.reading import LONGEST_ANSWER, transcribe
 from fvlm_core.errors import DataError
 
 PROMPT = "Read the text."
@@ -42,6 +42,28 @@ def test_infer_answers_for_a_folder_what_a_direct_call_gives(fvlm, handwriting_r
     pictures = [Image.open(handwriting_run / line["images"][0]).convert("RGB") for line in found]
     assert [line["answer"] for line in found] == transcribe(model, processor, pictures)
     assert len({line["answer"] for line in found}) > 3
+
+
+def test_infer_reads_a_page_and_a_text_as_a_direct_call_does(fvlm, handwriting_run: Path, tmp_path: Path) -> None:
+    """Grey pictures of other sizes than any that it was trained on, alone and together in a batch."""
+    import skimage.data
+
+    pictures = {name: Image.fromarray(getattr(skimage.data, name)()) for name in ("page", "text")}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    adapter = str(handwriting_run / "run/adapter")
+    model, processor = load_to_answer(adapter)
+    expected = [transcribe(model, processor, [picture.convert("RGB")])[0] for picture in pictures.values()]
+    rows = [{"prompt": PROMPT, "image": f"{name}.png"} for name in pictures]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ("--max-new-tokens", str(LONGEST_ANSWER), "--quiet")
+    many = fvlm("infer", adapter, "--input", "questions.jsonl", "--output", "answers.jsonl", *words, cwd=tmp_path)
+    assert many.returncode == 0, many.stderr
+    assert lines(tmp_path / "answers.jsonl") == [
+        {**row, "answer": answer} for row, answer in zip(rows, expected, strict=True)
+    ]
+    one = fvlm("infer", adapter, "--image", "text.png", "--prompt", PROMPT, *words, cwd=tmp_path)
+    assert one.stdout.strip() == expected[1] != ""
 
 
 def test_infer_streams_one_answer_and_takes_questions_from_a_file(

@@ -22,44 +22,16 @@ from __future__ import annotations
 import torch
 
 from ._launch import cdiv, rows_of
-from ._triton import HAS_TRITON, INTERPRETED, tl, triton
+from ._triton import tl, triton
 
 BLOCK = 2048
 """Elements of one program: 16 for each of its 128 threads."""
 
 
-APPROXIMATE = HAS_TRITON and not INTERPRETED and torch.version.hip is None
-"""Whether the GPU's own instructions are asked for by name; what Triton makes of `/` and `exp2` guards them against
-numbers near the ends of fp32's range, of which there are none here, by five instructions for one."""
-
-if HAS_TRITON:
-    FAST = tl.constexpr(APPROXIMATE)
-
-
-@triton.jit
-def _reciprocal(x):
-    """Return 1 / x for x ≥ 1."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return 1.0 / x
-
-
-@triton.jit
-def _power_of_two(x):
-    """Return 2ˣ, or 0 where that is below fp32's normal numbers."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return tl.exp2(x)
-
-
 @triton.jit
 def _scaled_tail(x):
     """Return t and Q(t): the share of the normal distribution beyond |x| is t · 2^(Q(t) − x² log₂(e) / 2)."""
-    t = _reciprocal(1.0 + 0.28284271247461906 * tl.abs(x))
+    t = 1.0 / (1.0 + 0.28284271247461906 * tl.abs(x))
     q = 1.3453177124223532 - 0.301584620707448 * t
     q = q * t - 2.168399589578714
     q = q * t + 1.471011960317431
@@ -79,7 +51,7 @@ def activate(x, ACT: tl.constexpr):
         return x * tl.sigmoid(1.702 * x)
     if ACT == "gelu_erf":
         t, q = _scaled_tail(x)
-        tail = t * _power_of_two(q - 0.7213475204444817 * x * x)
+        tail = t * tl.exp2(q - 0.7213475204444817 * x * x)
         return x * tl.where(x > 0, 1.0 - tail, tail)  # not x − x · tail, which is no number where x is infinite
     return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
 
@@ -89,8 +61,8 @@ def activation_and_slope(x, ACT: tl.constexpr):
     """Return ``(f(x), f'(x))`` in fp32."""
     if ACT == "gelu_erf":
         t, q = _scaled_tail(x)
-        bell = _power_of_two(-0.7213475204444817 * x * x)
-        tail = t * _power_of_two(q) * bell
+        bell = tl.exp2(-0.7213475204444817 * x * x)
+        tail = t * tl.exp2(q) * bell
         share = tl.where(x > 0, 1.0 - tail, tail)
         return x * share, share + x * 0.3989422804014327 * bell
     if ACT == "silu":

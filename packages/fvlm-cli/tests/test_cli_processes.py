@@ -93,7 +93,8 @@ def test_ctrl_c_stops_all_after_one_step_with_one_checkpoint(fvlm, fvlm_command:
             break
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "fvlm train several.yaml --resume" in stdout
+    assert "fvlm train several.yaml save.output_dir=halted" in stdout
+    assert "--nproc 2 --resume" in stdout
     record = json.loads((place / "halted/run.json").read_text())
     assert record["status"] == "interrupted"
     assert (place / record["checkpoint"] / "rng_state_1.pth").is_file()

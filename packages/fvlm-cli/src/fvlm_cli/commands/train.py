@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +70,8 @@ def train(
 
 def _show(console: Console, record: dict[str, Any], words: list[str]) -> None:
     if record["status"] == "interrupted":
-        again = shlex.join(["fvlm", "train", *words, "--resume"])
+        processes = os.environ.get("WORLD_SIZE", "1")  # set by whoever started several
+        again = shlex.join(["fvlm", "train", *words, *(["--nproc", processes] if processes != "1" else []), "--resume"])
         console.print(f"stopped at step {record['steps']}; go on with: {again}", markup=False)
         return
     for name in ("train_loss", "eval_loss"):

@@ -1,4 +1,4 @@
-"""`fvlm infer`, `chat` and `eval`, and the answers of `train`: through the installed script on real handwriting."""
+"""`fvlm infer` and `eval`, and the answers of `train`: through the installed script on real handwriting."""
 
 from __future__ import annotations
 
@@ -123,65 +123,6 @@ def test_a_batch_answers_as_each_alone(tmp_path: Path, family: str) -> None:
     assert together == [model.answer([question])[0] for question in questions]
     spoken: list[str] = []
     assert model.stream(questions[0], spoken.append) == "".join(spoken).strip() == together[0]
-
-
-def test_chat_remembers_what_was_said_and_shown(fvlm, handwriting_run: Path) -> None:
-    # What is refused is taken back: what follows is answered as if it had not been asked, and its image waits.
-    refused = "/image images/06.png\nwhat is <|image_pad|>?"
-    typed = f"{PROMPT}\n/nothing\n{refused}\n/image images/05.png\nAnd these?\n/clear\n{PROMPT}\n/quit\nnot read\n"
-    words = ("--image", "images/04.png", "--max-new-tokens", "8", "--json", "--system", "You read.")
-    done = fvlm("chat", str(shipped_checkpoint()), *words, cwd=handwriting_run, stdin=typed)
-    assert done.returncode == 0, done.stderr
-    assert "/nothing is no command" in done.stderr
-    assert "stands for an image" in done.stderr
-    turns = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [turn["images"] for turn in turns] == [["images/04.png"], ["images/06.png", "images/05.png"], []]
-    model, talk = asks(shipped_checkpoint()), Conversation()
-    for turn in turns[:2]:
-        paths = [str(handwriting_run / path) for path in turn["images"]]
-        answer = model.answer([talk.ask(turn["user"], paths, "You read.")])[0]
-        assert turn["assistant"] == answer
-        talk.hear(answer)
-    alone = model.answer([Conversation().ask(PROMPT, [], "You read.")])[0]
-    assert turns[2]["assistant"] == alone != turns[0]["assistant"]
-
-
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
-    handwriting_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import builtins
-
-    from fvlm_cli.commands.chat import Session
-    from fvlm_cli.output import Output
-
-    monkeypatch.chdir(handwriting_run)
-    session = Session(asks(shipped_checkpoint()), None, Output(quiet=True))
-    session.show("images/04.png")
-    spoken: list[str] = []
-    original = builtins.print
-
-    def interrupting(*words: object, **given: Any) -> None:
-        spoken.append(str(words[0]) if words else "")
-        if len(spoken) == 2:
-            raise KeyboardInterrupt  # a signal may be looked at only when all has been said
-        original(*words, **given)
-
-    monkeypatch.setattr(builtins, "print", interrupting)
-    assert session.take(PROMPT)
-    monkeypatch.setattr(builtins, "print", original)
-    said = session._talk.messages[-1]["content"]
-    said = said if isinstance(said, str) else "".join(block["text"] for block in said)
-    assert said == "".join(spoken[:2]).strip()
-    whole = asks(shipped_checkpoint()).answer([Conversation().ask(PROMPT, ["images/04.png"])])[0]
-    assert whole.startswith(said)
-    assert len(said) < len(whole)
-    capsys.readouterr()
-    assert session.take("And now?")
-    talk = Conversation()
-    talk.ask(PROMPT, ["images/04.png"])
-    talk.hear(said)
-    expected = asks(shipped_checkpoint()).answer([talk.ask("And now?", [])])[0]
-    assert capsys.readouterr().out.strip() == expected
 
 
 def test_eval_scores_every_row_and_its_loss_is_that_of_the_logits(fvlm, handwriting_run: Path) -> None:

@@ -137,8 +137,8 @@ def test_a_chat_template_that_leaves_the_image_out(tmp_path: Path) -> None:
     Image.new("RGB", (56, 28)).save(tmp_path / "a.png")
     refused(
         ask("infer", str(model), "--prompt", "hi", "--image", str(tmp_path / "a.png")),
-        "the model refuses it",
-        "tokens: 0",
+        "refuses it",  # the model; from transformers 5.24 on the processor already
+        "tokens",
     )
 
 

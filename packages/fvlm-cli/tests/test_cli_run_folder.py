@@ -41,6 +41,8 @@ def test_overwriting_removes_what_a_run_left_and_nothing_else(tmp_path: Path) ->
     (folder.adapter / "adapter_model.safetensors").touch()
     (tmp_path / "thesis.txt").touch()
     folder.prepare(config(tmp_path, overwrite=True), resume=False)
+    assert not folder.adapter.exists()
+    folder.forget_earlier()
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "thesis.txt"}
     assert "hf_secret" not in folder.config.read_text(encoding="utf-8")
 
@@ -92,6 +94,28 @@ def test_a_run_that_breaks_off_leaves_nothing_or_says_so(tmp_path: Path) -> None
     other.prepare(config(other.root), resume=False)
     other.break_off({})
     assert [path.name for path in other.root.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_breaks_off_without_results_puts_the_earlier_one_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.prepare(config(tmp_path), resume=False)
+    folder.write_record({"status": "finished"})
+    checkpoint(folder.checkpoints, 3)
+    folder.adapter.mkdir()
+    (tmp_path / "report.html").write_text("a report", encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for _ in range(2):  # the first is killed: nothing of it is done after its beginning
+        folder.prepare(config(tmp_path, r=8, overwrite=True), resume=False)
+        folder.write_record({"status": "running"})
+        assert not any(path.exists() for path in before if path not in (folder.config, folder.record))
+    folder.break_off({"status": "running"})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert folder.adapter.is_dir()
+    folder.prepare(config(tmp_path, overwrite=True), resume=False)
+    checkpoint(folder.checkpoints, 5)
+    folder.break_off({})
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "run.json", "checkpoints"}
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-5"]
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_loaded(

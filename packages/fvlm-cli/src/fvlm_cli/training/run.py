@@ -75,6 +75,7 @@ def run(config: TrainConfig, out: Output, *, resume: bool) -> dict[str, Any]:
         raise
     record["seconds"] = round(time.monotonic() - start, 3)
     folder.write_record(record)
+    folder.forget_earlier()
     if config.save.push is not None and record["status"] == "finished" and folder.writes:
         record["pushed_to"] = _push(config, folder, out)
         folder.write_record(record)

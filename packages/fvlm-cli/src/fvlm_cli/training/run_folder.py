@@ -41,6 +41,7 @@ class RunFolder:
         self.config = root / "config.yaml"
         self.record = root / "run.json"
         self.history = root / "history.json"
+        self._earlier = root / ".earlier"
 
     def check(self, config: TrainConfig, resume: bool) -> None:
         """Look at the folder before anything takes time; nothing is changed.
@@ -67,12 +68,14 @@ class RunFolder:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
     def prepare(self, config: TrainConfig, resume: bool) -> None:
-        """Make the folder ready for a run that was checked, and write its config; an earlier run that is not gone on
-        from is removed."""
+        """Make the folder ready for a run that was checked, and write its config.
+
+        An earlier run that is not gone on from is set aside, until this one has results.
+        """
         if not self.writes:
             return
         if not resume:
-            self._clear()
+            self._set_aside()
         self.root.mkdir(parents=True, exist_ok=True)
         plain = config.to_save()
         self.config.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -84,24 +87,50 @@ class RunFolder:
                 path.rmdir()
 
     def break_off(self, record: Mapping[str, Any]) -> None:
-        """End a run that something stopped: say so in its record, or leave nothing where it has no results yet."""
+        """End a run that something stopped: say so in its record, or where it has no results yet, undo `prepare`."""
         if not self.writes:
             return
-        results = (self.adapter, self.model, self.merged, *self.checkpoints.glob("checkpoint-*"))
         with suppress(OSError):  # what stopped the run may be a full disk, and is what the user is to be told
-            if any(path.exists() for path in results):
+            if self._has_results():
                 self.write_record({**record, "status": "failed"})
+                self.forget_earlier()
                 return
-            self._clear()
+            for part in self._parts():
+                _remove(part)
+            self._put_back()
         self.leave_empty()
 
-    def _clear(self) -> None:
-        """Remove what an earlier run left, and nothing else."""
-        for folder in (self.adapter, self.model, self.merged, self.checkpoints, self.evaluation):
-            if folder.exists():
-                shutil.rmtree(folder)
-        for file in (self.config, self.record, self.history, self.root / "report.html"):
-            file.unlink(missing_ok=True)
+    def forget_earlier(self) -> None:
+        """Remove the run that was set aside: this one has results."""
+        if self.writes:
+            _remove(self._earlier)
+
+    def _set_aside(self) -> None:
+        killed = self._earlier.is_dir() and not self._has_results()  # a run that set another aside and came no further
+        if not killed:
+            _remove(self._earlier)
+        for part in self._parts():
+            if killed:
+                _remove(part)
+            else:
+                self._earlier.mkdir(exist_ok=True)
+                part.rename(self._earlier / part.name)
+
+    def _put_back(self) -> None:
+        if self._earlier.is_dir():
+            for part in self._earlier.iterdir():
+                part.rename(self.root / part.name)
+            self._earlier.rmdir()
+
+    def _has_results(self) -> bool:
+        results = (self.adapter, self.model, self.merged, *self.checkpoints.glob("checkpoint-*"))
+        return any(path.exists() for path in results)
+
+    def _parts(self) -> list[Path]:
+        """Return what there is of what a run leaves; whatever else lies in the folder is not its business."""
+        folders = (self.adapter, self.model, self.merged, self.checkpoints, self.evaluation)
+        files = (self.config, self.record, self.history, self.root / "report.html")
+        return [part for part in (*folders, *files) if part.exists()]
 
     def _check_same(self, config: TrainConfig) -> None:
         if not self.config.is_file():
@@ -150,6 +179,13 @@ def whole(folder: Path) -> Iterator[Path]:
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(sys.platform != "linux", reason="the most memory since a moment is asked of Linux"),
 ]
-LAYERS, WIDE = 3, 1 << 16
+LAYERS, WIDE = 6, 1 << 16
 
 
 def most() -> int:
@@ -65,7 +65,8 @@ def test_memory_is_that_of_a_shard_and_not_of_the_model(tools: Any, tmp_path: Pa
     say.close()
     grown = hear.recv()
     process.join()
-    assert size > 3e8
-    # one tensor (34 MB) is read, one merged, one written; the rest is buffers of fixed size
-    assert grown < 170e6, f"{grown / 1e6:.0f} MB, for shards of 40 MB, out of {size / 1e6:.0f}"
-    shutil.rmtree(tmp_path)  # a gigabyte, which pytest would keep
+    assert size > 6e8
+    # A tensor (34 MB) is read, one merged, one written, and as many of the shard before may still be read back (120 to
+    # 240 MB in all), pages of files that lie in memory counted as well.
+    assert grown < 300e6, f"{grown / 1e6:.0f} MB, for shards of 40 MB, out of {size / 1e6:.0f}"
+    shutil.rmtree(tmp_path)  # two gigabytes, which pytest would keep

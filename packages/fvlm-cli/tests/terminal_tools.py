@@ -16,6 +16,8 @@ from pathlib import Path
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """What moves the cursor, or colours."""
+INTERRUPT = "\x03"
+"""Ctrl-C."""
 
 
 def in_terminal(
@@ -64,8 +66,10 @@ def _converse(terminal: int, replies: list[tuple[str, str]], until: float) -> st
     got, answered = b"", 0
     while time.monotonic() < until:
         if replies and replies[0][0].encode() in got[answered:]:
-            answered = len(got)
-            os.write(terminal, replies.pop(0)[1].encode())
+            answered, typed = len(got), replies.pop(0)[1]
+            if typed == INTERRUPT:
+                time.sleep(2)  # a signal between its prompt and its read, Python's input() hears behind the next line
+            os.write(terminal, typed.encode())
         if not select.select([terminal], [], [], 0.2)[0]:
             continue
         try:

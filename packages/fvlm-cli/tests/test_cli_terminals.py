@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from terminal_tools import CONTROL, in_terminal
+from terminal_tools import CONTROL, INTERRUPT, in_terminal
 
 from fvlm_cli.bars import progress_bar
 from fvlm_cli.output import Output
@@ -63,7 +63,7 @@ def test_a_dialogue_in_a_terminal(fvlm_command: list[str], handwriting_run: Path
         ("> ", "/imge x\n"),
         ("> ", "/image nowhere.png\n"),
         ("> ", "\n"),
-        ("> ", "\x03"),
+        ("> ", INTERRUPT),
     ]
     command = [*fvlm_command, "chat", MODEL, "--max-new-tokens", "6"]
     code, text = in_terminal(command, handwriting_run, columns=40, replies=replies)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import sys
+import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,33 @@ from fvlm_export.skeleton import skeleton_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(sys.platform != "linux", reason="the most memory since a moment is asked of Linux"),
+    pytest.mark.skipif(sys.platform != "linux", reason="a process's own memory is asked of Linux"),
 ]
-LAYERS, WIDE = 6, 1 << 16
+LAYERS, WIDE = 8, 1 << 16
 
 
-def most() -> int:
+def own() -> int:
+    """Return how many bytes are this process's own; pages of files that it maps are the system's to take back."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
 def merge(adapter: Path, base: Path, out: Path, say: Connection) -> None:
     save_pretrained_merged(adapter, out.with_name("first"), base=base, max_shard_size="40MB", progress=False)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the most so far, with all that is made once
-    before = most()
+    before = most = own()  # with all that is made once
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, own())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
     save_pretrained_merged(adapter, out, base=base, max_shard_size="40MB", progress=False)
-    say.send(most() - before)
+    done.set()
+    watching.join()
+    say.send(most - before)
 
 
 def test_memory_is_that_of_a_shard_and_not_of_the_model(tools: Any, tmp_path: Path) -> None:
@@ -65,8 +77,8 @@ def test_memory_is_that_of_a_shard_and_not_of_the_model(tools: Any, tmp_path: Pa
     say.close()
     grown = hear.recv()
     process.join()
-    assert size > 6e8
-    # A tensor (34 MB) is read, one merged, one written, and as many of the shard before may still be read back (120 to
-    # 240 MB in all), pages of files that lie in memory counted as well.
-    assert grown < 300e6, f"{grown / 1e6:.0f} MB, for shards of 40 MB, out of {size / 1e6:.0f}"
+    assert size > 8e8
+    # Tensors of 34 MB are read, merged, written and read back side by side, in threads that get on as they can, with
+    # buffers of a fixed size: 100 to 330 MB, whatever the model's size is
+    assert 3e7 < grown < 500e6, f"{grown / 1e6:.0f} MB, for shards of 40 MB, out of {size / 1e6:.0f}"
     shutil.rmtree(tmp_path)  # two gigabytes, which pytest would keep

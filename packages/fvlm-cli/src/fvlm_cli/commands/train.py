@@ -53,7 +53,7 @@ def train(
     --resume goes on.
     """
     from fvlm_cli.config.read import read_config
-    from fvlm_cli.training.launch import launch
+    from fvlm_cli.training.launch import launch, leave_others
     from fvlm_cli.training.run import run
 
     checked = read_config(config, settings or [])
@@ -63,6 +63,7 @@ def train(
         raise typer.Exit(launch(nproc, words, out))
     out.keep_stdout()
     record = run(checked, out, resume=resume)
+    leave_others()
     out.result(record, lambda console: _show(console, record, [config, *(settings or [])]))
     if record["status"] == "interrupted":
         raise typer.Exit(Exit.INTERRUPTED)

@@ -61,6 +61,17 @@ def launch(count: int, words: Sequence[str], out: Output) -> int:
     return code
 
 
+def leave_others() -> None:
+    """Close gloo's connections to the other processes, if there are any, while Python still runs.
+
+    Its threads, left to the end of the process, were seen to abort it ("terminate called without an active exception").
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
 @contextmanager
 def _together(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[Sequence[int]]:
     """Hand signals on to the processes that there are, give those that came, and leave no process behind."""

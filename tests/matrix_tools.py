@@ -88,3 +88,16 @@ def assert_same(found, expected, tolerance=1e-5, floor=0.0):
     for name, gradient in expected[1].items():
         error = (found[1][name] - gradient).norm()
         assert error <= floor or error < tolerance * gradient.norm().clamp(min=1e-12), (name, float(error))
+
+
+def curve(model, batches):
+    """Train on batches, one a step; return the losses."""
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-3)
+    losses = []
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

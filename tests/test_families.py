@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix_tools import LOADING, assert_same, gradients, ours, plain, same_start, sample, stock
+from matrix_tools import LOADING, assert_same, curve, gradients, ours, plain, same_start, sample, stock
 from parity_tools import trainable
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
@@ -156,17 +156,7 @@ def test_a_curve_of_32_steps_is_stocks(folder, precision):
     model, other, processor = both_to_train(folder, precision)
     collator = FastVisionDataCollator(model, processor)
     batches = [collator([sample(number % 4, answer="one stamp " * (1 + number % 3))]) for number in range(STEPS)]
-    curves = []
-    for one, shown in ((model, batches), (other, [plain(batch, processor) for batch in batches])):
-        optimizer = torch.optim.AdamW(trainable(one).values(), lr=2e-3)
-        losses = []
-        for batch in shown:
-            loss = one(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        curves.append(losses)
+    curves = [curve(model, batches), curve(other, [plain(batch, processor) for batch in batches])]
     assert curves[1][-1] < curves[1][0] - 0.1  # it learns: two flat curves would agree too
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 

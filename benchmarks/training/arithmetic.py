@@ -16,6 +16,7 @@ from benchmarks.training.stacks import RANK
 from transformers import AutoConfig
 
 from fvlm_cli.estimate.shapes import read_shapes
+from fvlm_cli.estimate.workload import patches_of, span_of
 from fvlm_core.arch import facts_for, linear_modules
 from fvlm_core.arch.tree import plain_modules
 from fvlm_core.quantized import build_skeleton
@@ -42,40 +43,16 @@ class Counts:
     @classmethod
     def of_step(cls, batches: Sequence[Mapping[str, Any]], config: Any, steps: float) -> Counts:
         """Return what a step brings, if batches make so many of them."""
-        total = cls()
+        total, vision = cls(), config.to_dict().get("vision_config", {})
         for batch in batches:
             rows, length = batch["input_ids"].shape
             total.tokens += rows * length
             total.squares += rows * length**2
             total.learned += int((batch["labels"][:, 1:] != -100).sum())
-            sizes = _patches(batch, config.to_dict().get("vision_config", {}))
+            sizes = patches_of(batch, vision)
             total.patches += sum(sizes)
-            total.spans += sum(_span(size, config.to_dict().get("vision_config", {})) for size in sizes)
+            total.spans += sum(span_of(size, vision) for size in sizes)
         return cls(**{name: value / steps for name, value in asdict(total).items()})
-
-
-def _patches(batch: Mapping[str, Any], vision: Mapping[str, Any]) -> list[int]:
-    """Return the patches of each piece that attends to itself alone: an image, in most families."""
-    if "image_grid_thw" in batch:
-        return [int(t) * int(h) * int(w) for t, h, w in batch["image_grid_thw"].tolist()]
-    pixels, side = batch["pixel_values"], vision["patch_size"]
-    height, width = (side, side) if isinstance(side, int) else side
-    if pixels.dim() == 4 and "image_sizes" in batch:  # padded to the largest
-        return [int(h) // height * (int(w) // width) for h, w in batch["image_sizes"].tolist()]
-    each = pixels.shape[-2] // height * (pixels.shape[-1] // width)
-    if pixels.dim() == 6:  # tiles of an image attend to each other
-        return [each * pixels.shape[2]] * (pixels.shape[0] * pixels.shape[1])
-    return [each] * (pixels.numel() // (pixels.shape[-1] * pixels.shape[-2] * pixels.shape[-3]))
-
-
-def _span(patches: int, vision: Mapping[str, Any]) -> float:
-    """Return an image's patches squared; where most blocks attend in windows (Qwen2.5-VL), the blocks' mean."""
-    whole = vision.get("fullatt_block_indexes")
-    if whole is None:
-        return patches**2
-    window = min(patches, (vision["window_size"] // vision["patch_size"]) ** 2)
-    share = len(whole) / vision["depth"]
-    return patches * (share * patches + (1 - share) * window)
 
 
 def operations(folder: str, step: Counts) -> float:

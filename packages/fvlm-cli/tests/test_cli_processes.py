@@ -16,6 +16,8 @@ from typing import IO
 import pytest
 from safetensors.torch import load_file
 
+from fvlm_cli.training.launch import leave_others
+
 CONFIG = """
 model: {name: base, precision: 16bit, max_seq_length: 256}
 lora: {r: 4, alpha: 8, dropout: 0}
@@ -200,3 +202,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="--nproc 2 asks for a GPU each, and there are 1"):
         launch(2, [], Output())
+
+
+def test_a_process_leaves_the_others_before_it_ends(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    leave_others()  # there are none
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    leave_others()
+    assert not dist.is_initialized()

@@ -219,7 +219,8 @@ class FastVisionDataCollator:
         if None in kept:
             items = [item for item, length in zip(items, kept, strict=True) if length is not None]
             return self._batch(items) if items else self._empty_batch()
-        refuse_few_image_tokens(items, torch.isin(ids, self._image_ids), self._least_image_tokens)
+        if self._least_image_tokens > 1:
+            refuse_few_image_tokens(items, torch.isin(ids, self._image_ids), self._least_image_tokens)
         batch = {**encoded.batch, "labels": labels}
         lengths = [length for length in kept if length is not None]
         if lengths != mask.sum(dim=1).tolist():

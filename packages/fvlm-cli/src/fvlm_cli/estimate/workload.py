@@ -89,38 +89,41 @@ def load_of_image(
 def _load(batch: Mapping[str, Any], config: Any, collator: FastVisionDataCollator) -> Load:
     import torch
 
-    patches, spans = _patches(batch, config)
+    vision = config.to_dict().get("vision_config", {})
+    sizes = patches_of(batch, vision)
     return Load(
         tokens=int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].shape[1],
         learned=int((batch["labels"][:, 1:] != collator.ignore_index).sum()),
-        patches=patches,
-        spans=spans,
+        patches=sum(sizes),
+        spans=sum(span_of(size, vision) for size in sizes),
         pixels=batch["pixel_values"].numel() if "pixel_values" in batch else 0,
         media=int(torch.isin(batch["input_ids"], torch.tensor(sorted(collator.media_ids))).sum()),
         scales=int("image_grid_thw" in batch),
     )
 
 
-def _patches(batch: Mapping[str, Any], config: Any) -> tuple[int, int]:
-    """Return how many patches the vision tower gets, and the squares of those that attend to each other, summed."""
-    grid = batch.get("image_grid_thw")
-    if grid is not None:
-        sizes = [int(t) * int(h) * int(w) for t, h, w in grid.tolist()]
-        return sum(sizes), sum(_span(size, config.to_dict().get("vision_config", {})) for size in sizes)
-    pixels = batch.get("pixel_values")
+def patches_of(batch: Mapping[str, Any], vision: Mapping[str, Any]) -> list[int]:
+    """Return how many patches the vision tower gets, of each piece that attends to itself alone: an image, mostly.
+
+    Args:
+        batch: of the collator or of a processor.
+        vision: the config of the tower.
+    """
+    if "image_grid_thw" in batch:
+        return [int(t) * int(h) * int(w) for t, h, w in batch["image_grid_thw"].tolist()]
+    pixels, side = batch.get("pixel_values"), vision.get("patch_size", 14)
     if pixels is None:
-        return 0, 0
-    side = config.to_dict().get("vision_config", {}).get("patch_size", 14)
-    side = side[0] if isinstance(side, list | tuple) else side
-    tiles = pixels.numel() // (pixels.shape[-1] * pixels.shape[-2] * pixels.shape[-3])
-    each = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
-    together = each * (
-        pixels.shape[-4] if pixels.dim() == 6 else 1
-    )  # an image's tiles see each other (Llama 3.2 Vision)
-    return tiles * each, tiles * each * together
+        return []
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    if pixels.dim() == 4 and "image_sizes" in batch:  # padded to the largest
+        return [int(h) // height * (int(w) // width) for h, w in batch["image_sizes"].tolist()]
+    each = pixels.shape[-2] // height * (pixels.shape[-1] // width)
+    crops = pixels.numel() // (pixels.shape[-1] * pixels.shape[-2] * pixels.shape[-3])
+    together = pixels.shape[-4] if pixels.dim() == 6 else 1  # an image's tiles see each other (Llama 3.2 Vision)
+    return [each * together] * (crops // together)
 
 
-def _span(patches: int, vision: Mapping[str, Any]) -> int:
+def span_of(patches: int, vision: Mapping[str, Any]) -> int:
     """Return the square of an image's patches; where most blocks attend in windows (Qwen2.5-VL), the blocks' mean."""
     whole = vision.get("fullatt_block_indexes")
     if whole is None:
